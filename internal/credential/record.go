@@ -49,6 +49,7 @@ type Record struct {
 	Claim   *Claim    `json:"claim,omitempty"`
 	Attempt int       `json:"attempt,omitempty"`  // failed tries of this phase
 	RetryAt time.Time `json:"retry_at,omitzero"`  // not before this instant
+	Bounced int       `json:"bounced,omitempty"`  // times a check sent the record back to the step before it
 	Failure *Failure  `json:"failure,omitempty"`  // the last one, until a step succeeds
 	Parked  *Failure  `json:"parked,omitempty"`   // waits for a human: nothing happens until resume or an emergency
 	Paused  bool      `json:"paused,omitempty"`   // no step starts, emergencies apart
@@ -65,6 +66,8 @@ type Record struct {
 	Dead      []Version `json:"dead,omitempty"`      // disabled by a kill, not yet deleted
 	// Published is the generation that the store's current holds. It outlives Current: a kill does not touch the store.
 	Published Published `json:"published,omitzero"`
+	// Previous is what Published was before the last promote, until it is destroyed.
+	Previous Published `json:"previous,omitzero"`
 	// Noted are the issuer's ids before a mint, NotedAt the time of that census.
 	Noted   []rotators.VersionID `json:"noted,omitempty"`
 	NotedAt time.Time            `json:"noted_at,omitzero"`
@@ -81,6 +84,8 @@ type Record struct {
 	Overdue      bool      `json:"overdue,omitempty"`      // credential.overdue was announced
 
 	Emergency *Emergency `json:"emergency,omitempty"` // until it is complete
+	// LastIncident is the last order that reached this record: a repeat of it changes nothing.
+	LastIncident string `json:"last_incident,omitempty"`
 
 	// Due is the next instant at which the record wants attention; zero for none. It becomes the schedule.
 	Due time.Time `json:"due,omitzero"`
