@@ -25,8 +25,10 @@ type Entry struct {
 	Detail     string    `json:"detail,omitempty"`
 	// Announced lists the event types of the same commit.
 	Announced []string `json:"announced,omitempty"`
-	Prev      string   `json:"prev"` // hex SHA-256 of the entry before; empty for the first
-	Hash      string   `json:"hash"` // hex SHA-256 of this entry's JSON with Hash empty
+	// ValidUntil is what the event rotated promised for the old version; zero without an overlap.
+	ValidUntil time.Time `json:"valid_until,omitzero"`
+	Prev       string    `json:"prev"` // hex SHA-256 of the entry before; empty for the first
+	Hash       string    `json:"hash"` // hex SHA-256 of this entry's JSON with Hash empty
 }
 
 // Sum is the entry's hash, computed from its other fields.

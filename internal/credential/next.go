@@ -150,6 +150,9 @@ func (m *machine) finish() Record {
 	}
 	for _, n := range r.Announce {
 		e.Announced = append(e.Announced, n.Type)
+		if n.Type == NoticeRotated {
+			e.ValidUntil = n.ValidUntil
+		}
 	}
 	e.Hash = e.Sum()
 	r.Entry = e
