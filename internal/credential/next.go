@@ -35,6 +35,8 @@ type Outcome struct {
 	RetryAfter time.Duration
 	// Performed says that the effect of an in-place apply ended the old secret at this instant.
 	Performed time.Time
+	// Last leaves the next step unclaimed: the worker is stopping, or has been told to pause.
+	Last bool
 }
 
 // Ack says that a consumer has loaded a generation.

@@ -33,7 +33,7 @@ func (m *machine) outcome(o Outcome) error {
 		return m.retry(o)
 	case on == Rejected && r.Phase == Proving && m.maySettle():
 		return m.retry(o)
-	case on == Ambiguous || on == Rejected && r.Phase == Adopting:
+	case on == Ambiguous && r.Phase == Attributing, on == Rejected && r.Phase == Adopting:
 		m.park(o)
 		return nil
 	}
@@ -96,7 +96,7 @@ func (m *machine) move(o Outcome, on Result, to Phase) {
 		// What was sent may still be under way at the issuer: look only when it must have arrived.
 		r.RetryAt = m.now.Add(retryBase + r.Spec.Traits.Settle)
 	}
-	if to.acts() && !m.now.Before(r.RetryAt) && r.mayStart() {
+	if to.acts() && !m.now.Before(r.RetryAt) && r.mayStart() && !o.Last {
 		m.claim(o.Worker)
 	}
 }

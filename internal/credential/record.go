@@ -211,6 +211,14 @@ func (r Record) Live() []Version {
 	return vs
 }
 
+// Lane is where the record's doorbell rings.
+func (r Record) Lane() Lane {
+	if r.Urgent() {
+		return LaneRevoke
+	}
+	return LaneWork
+}
+
 // State is the one word that an operator reads first.
 func (r Record) State() string {
 	switch {
