@@ -59,7 +59,7 @@ func (r *run) attempt(ctx context.Context, e credential.Effect, f func(context.C
 			return nil
 		}
 		again := rotators.ClassOf(last) == rotators.Transient && rotators.RetryAfterOf(last) <= time.Second
-		if again && r.Blocked(r.record.ID) {
+		if again && r.Blocked(r.record) {
 			again = false
 		}
 		if again || !r.minted.Empty() && e.Phase == credential.Staging {

@@ -35,7 +35,7 @@ type Config struct {
 	// Resolve reads a reference, for adoption only.
 	Resolve func(ctx context.Context, reference string) ([]byte, error)
 	// Blocked reports an open emergency order that has not reached the credential's record yet: no effect may start.
-	Blocked func(id credential.ID) bool
+	Blocked func(r credential.Record) bool
 	// Paused reports the fleet-wide pause.
 	Paused func() bool
 	// Observe is told of every performed step; nil for none.
@@ -70,7 +70,7 @@ func New(c Config) *Worker {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	if c.Blocked == nil {
-		c.Blocked = func(credential.ID) bool { return false }
+		c.Blocked = func(credential.Record) bool { return false }
 	}
 	if c.Paused == nil {
 		c.Paused = func() bool { return false }
@@ -138,7 +138,7 @@ func (w *Worker) Handle(ctx context.Context, id credential.ID) error {
 			in = credential.Tick{Worker: r.name}
 			continue
 		}
-		if r.Blocked(id) { // an order came in since the claim: it overtakes it
+		if r.Blocked(r.record) { // an order came in since the claim: it overtakes it
 			return nil
 		}
 		out, err := r.step(steady, effect, due)
@@ -153,7 +153,7 @@ func (w *Worker) Handle(ctx context.Context, id credential.ID) error {
 
 // stopped reports whether a pause or an order on its way forbids to start a step.
 func (r *run) stopped() bool {
-	if r.Blocked(r.record.ID) {
+	if r.Blocked(r.record) {
 		return true
 	}
 	return r.Paused() && !r.record.Urgent()
