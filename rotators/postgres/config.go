@@ -30,7 +30,7 @@ type TargetConfig struct {
 // it did not create. It should not be a superuser and must not be one of the rotated roles.
 type Admin struct {
 	Username string `json:"username" jsonschema:"required" jsonschema_description:"Role with CREATEROLE and membership in pg_signal_backend; not a superuser."`
-	Password string `json:"password" jsonschema:"required" jsonschema_description:"Reference to its password, such as file:/run/secrets/pg-admin or env:PG_ADMIN."`
+	Password string `json:"password" jsonschema:"required,format=reference" jsonschema_description:"Reference to its password, such as file:/run/secrets/pg-admin or env:PG_ADMIN."`
 }
 
 // The TLS modes, as libpq names them. There is no fallback from one to a weaker one.
@@ -44,7 +44,7 @@ const (
 // TLS says how the server is verified. The zero value is verify-full with the system's certificates.
 type TLS struct {
 	Mode   string `json:"mode,omitempty" jsonschema:"enum=verify-full,enum=verify-ca,enum=require,enum=disable,default=verify-full" jsonschema_description:"disable is refused unless the host is loopback or a unix socket."`
-	CAFile string `json:"ca_file,omitempty" jsonschema_description:"PEM file of the authorities to trust instead of the system's."`
+	CAFile string `json:"ca_file,omitempty" jsonschema:"format=path" jsonschema_description:"PEM file of the authorities to trust instead of the system's."`
 	// AllowPlaintext accepts disable on a network. SCRAM still keeps passwords off the wire; everything else is readable.
 	AllowPlaintext bool `json:"allow_plaintext,omitempty" jsonschema_description:"Accept mode disable for hosts on a network."`
 }
@@ -53,7 +53,7 @@ type TLS struct {
 type CredentialConfig struct {
 	// Owner is a NOLOGIN role that owns the tables. Every session of a rotated role starts as it, so that what one role
 	// makes, the other may use. It is created if missing; what it may do is granted by others.
-	Owner    string   `json:"owner,omitempty" jsonschema_description:"NOLOGIN role that both roles act as and that owns what they create. Required with two roles."`
+	Owner    string   `json:"owner_role,omitempty" jsonschema_description:"NOLOGIN role that both roles act as and that owns what they create. Required with two roles."`
 	Roles    []string `json:"roles" jsonschema:"required,minItems=1,maxItems=2" jsonschema_description:"Two login roles that take turns, or one whose password is replaced in place. Created if missing."`
 	Database string   `json:"database,omitempty" jsonschema_description:"Database that consumers use and logins are proven in; the target's if empty."`
 	Probe    string   `json:"probe,omitempty" jsonschema_description:"One SQL statement that a new login must be able to run, such as SELECT 1 FROM orders LIMIT 1. It is rolled back."`
@@ -125,16 +125,16 @@ func (c CredentialConfig) Validate() error {
 			errs = append(errs, fmt.Errorf("role %q: named twice", clip(role)))
 		}
 		if role == c.Owner {
-			errs = append(errs, fmt.Errorf("owner %q: is one of the roles; it must be a role of its own that nobody logs in as", clip(role)))
+			errs = append(errs, fmt.Errorf("owner_role %q: is one of the roles; it must be a role of its own that nobody logs in as", clip(role)))
 		}
 	}
 	switch {
 	case c.Owner != "":
-		if err := checkRole("owner", c.Owner); err != nil {
+		if err := checkRole("owner_role", c.Owner); err != nil {
 			errs = append(errs, err)
 		}
 	case len(c.Roles) > 1:
-		errs = append(errs, errors.New("owner: missing; with two roles, what one creates must belong to a third that both act as"))
+		errs = append(errs, errors.New("owner_role: missing; with two roles, what one creates must belong to a third that both act as"))
 	}
 	if c.Database != "" && !databaseName.MatchString(c.Database) {
 		errs = append(errs, fmt.Errorf("database %q: want 1 to 63 characters A-Z a-z 0-9 _ . -", clip(c.Database)))
