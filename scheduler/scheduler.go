@@ -21,11 +21,12 @@ type Ledger interface {
 	Commit(ctx context.Context, r credential.Record, seq uint64) (uint64, error)
 	// Ring rings for a worker; the same id and rev rung twice within the queue's memory is one doorbell.
 	Ring(ctx context.Context, lane credential.Lane, target string, id credential.ID, rev uint64) error
-	// Dues calls fn for every record that has become due, until ctx ends. An error of fn asks for another call.
-	Dues(ctx context.Context, fn func(ctx context.Context, id credential.ID) error) error
-	// Schedules lists the records that have a schedule set, Reschedule sets r's again, at r.Due.
-	Schedules(ctx context.Context) (map[credential.ID]bool, error)
-	Reschedule(ctx context.Context, r credential.Record) error
+	// Dues calls fn for every record that has become due, at most limit at once, until ctx ends. An error of fn asks for
+	// another call.
+	Dues(ctx context.Context, limit int, fn func(ctx context.Context, id credential.ID) error) error
+	// Schedules lists the records that have a schedule set, Rearm sets a missing one again, at the record's due instant.
+	Schedules(ctx context.Context) (map[credential.ID]uint64, error)
+	Rearm(ctx context.Context, id credential.ID) error
 	Incidents(ctx context.Context) ([]credential.Incident, error)
 	GetIncident(ctx context.Context, id string) (credential.Incident, uint64, error)
 	UpdateIncident(ctx context.Context, i credential.Incident, seq uint64) (uint64, error)
@@ -81,7 +82,7 @@ func New(c Config) *Scheduler {
 // scheduler ran is forgotten.
 func (s *Scheduler) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.Ledger.Dues(ctx, s.Handle) })
+	g.Go(func() error { return s.Ledger.Dues(ctx, dueLimit, s.Handle) })
 	g.Go(func() error {
 		return s.Ledger.WatchIncidents(ctx, func(i credential.Incident) {
 			if err := s.Expand(ctx, i); err != nil && ctx.Err() == nil {
@@ -124,6 +125,9 @@ func (s *Scheduler) Run(ctx context.Context) error {
 	return err
 }
 
+// dueLimit is how many due records one scheduler looks at at once: enough to fill the ledger's group commits.
+const dueLimit = 64
+
 // earlyWait is how much earlier than the record's due instant a doorbell may come (two clocks) and still be waited for.
 const earlyWait = 2 * time.Second
 
@@ -155,6 +159,9 @@ func (s *Scheduler) Handle(ctx context.Context, id credential.ID) error {
 			continue
 		}
 		if r.Phase != credential.Idle {
+			if s.Paused() && !r.Urgent() {
+				return nil // the end of the pause sweeps
+			}
 			return s.ring(ctx, r)
 		}
 		in := s.decide(r, now)

@@ -33,9 +33,11 @@ func (s *Scheduler) SweepOnce(ctx context.Context) error {
 		case r.Due.IsZero():
 		case !r.Due.After(now):
 			errs = append(errs, s.Handle(ctx, r.ID))
-		case !scheduled[r.ID]:
-			s.Logger.Warn("schedule was missing", "credential", string(r.ID))
-			errs = append(errs, s.Ledger.Reschedule(ctx, r))
+		default:
+			if _, ok := scheduled[r.ID]; !ok {
+				s.Logger.Warn("schedule was missing", "credential", string(r.ID))
+				errs = append(errs, s.Ledger.Rearm(ctx, r.ID))
+			}
 		}
 	}
 	return errors.Join(errs...)

@@ -2,6 +2,7 @@ package workers
 
 import (
 	"context"
+	"errors"
 	"sync"
 
 	"github.com/rekeyhq/rekey/internal/credential"
@@ -50,7 +51,7 @@ func (w *Worker) Serve(ctx context.Context, q Queue) error {
 func (w *Worker) serveLane(ctx context.Context, q Queue, lane credential.Lane, t credential.Target) {
 	err := q.Work(ctx, lane, t.Name, t.Concurrency, func(ctx context.Context, d credential.Doorbell) error {
 		err := w.Handle(ctx, d.ID)
-		if err != nil {
+		if err != nil && !errors.Is(err, ErrPaused) && !errors.Is(err, context.Canceled) {
 			w.Logger.Warn("doorbell will ring again", "credential", string(d.ID), "target", t.Name, "error", err)
 		}
 		return err

@@ -118,9 +118,18 @@ func (w *Worker) Handle(ctx context.Context, id credential.ID) error {
 	due := r.record.Due
 	var in credential.Input = credential.Tick{Worker: r.name}
 	for {
-		if tick, ok := in.(credential.Tick); ok && (ctx.Err() != nil || r.stopped()) {
-			r.log.Debug("not started", "worker", tick.Worker)
-			return nil
+		if _, ok := in.(credential.Tick); ok {
+			switch {
+			case ctx.Err() != nil:
+				return ctx.Err()
+			case r.Blocked(r.record):
+				return nil // the order rings for itself
+			case r.Paused() && !r.record.Urgent() && r.record.Phase != credential.Idle:
+				return ErrPaused
+			}
+			if !r.awaitDue(ctx) {
+				return ctx.Err()
+			}
 		}
 		effect, went, err := r.advance(steady, in)
 		switch {
@@ -148,6 +157,26 @@ func (w *Worker) Handle(ctx context.Context, id credential.ID) error {
 		due = time.Time{}
 		out.Last = ctx.Err() != nil || r.stopped()
 		in = out
+	}
+}
+
+// ErrPaused asks for the doorbell again: the fleet is paused.
+var ErrPaused = errors.New("the fleet is paused")
+
+// earlyWait is how much earlier than the due instant a doorbell may come (two clocks) and still be waited for.
+const earlyWait = 2 * time.Second
+
+// awaitDue waits out a doorbell that is slightly early. It is false if ctx ended first.
+func (r *run) awaitDue(ctx context.Context) bool {
+	early := r.record.Due.Sub(r.Now())
+	if r.record.Due.IsZero() || early <= 0 || early > earlyWait {
+		return true
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(early):
+		return true
 	}
 }
 
