@@ -165,6 +165,7 @@ type Incident struct {
 type Control struct {
 	Paused bool      `json:"paused"`
 	Actor  string    `json:"actor,omitempty"`
+	Reason string    `json:"reason,omitempty"`
 	At     time.Time `json:"at,omitzero"`
 }
 
