@@ -55,7 +55,9 @@ type Secret struct {
 type Store interface {
 	// Stage makes s durable as pending, and returns what is pending. If pending already holds the same Key,
 	// that is kept and returned (its material may differ from s: the earlier one wins, as it may have been applied).
-	// A pending of a lower generation is replaced: it was abandoned. One of a higher generation is Conflict.
+	// A pending of a lower generation is replaced: it was abandoned. A generation is staged once: if current or previous holds
+	// the same Key, that is returned and nothing changes; any other Key of the same or a higher generation in any stage is
+	// Conflict, so that a worker that was frozen cannot leave an old secret behind. Material without fields is Refused.
 	Stage(ctx context.Context, s Secret) (Secret, error)
 	// Promote makes `to`, now pending or previous, what consumers read; what was current becomes previous.
 	// from.Generation 0 means that nothing has been promoted yet. It is nil if current is `to` already with the same op,
