@@ -110,13 +110,15 @@ func shut(conn *pgx.Conn) {
 	_ = conn.Close(ctx)
 }
 
-// classify turns an error of a statement into a Fault. mayHaveCommitted says that the statement held the COMMIT.
+// classify turns an error of a statement into a Fault. mayHaveCommitted says that the statement held the COMMIT and that sending
+// it has begun. The driver's SafeToRetry is not asked: it is true of a connection that was lost while waiting for the
+// reply (pgx 5.12).
 func classify(step string, err error, mayHaveCommitted bool) *rotators.Fault {
 	class := rotators.Transient
 	pg := new(pgconn.PgError)
 	switch {
 	case !errors.As(err, &pg):
-		if mayHaveCommitted && !pgconn.SafeToRetry(err) {
+		if mayHaveCommitted {
 			class = rotators.Unsure
 		}
 	case pg.Code == idleInTransaction: // the server had rolled back before it read what we sent

@@ -245,8 +245,8 @@ func (r *Rotator) change(ctx context.Context, a action, op rotators.Op, role, se
 		return nil
 	}
 	stmts := r.write(a, op, target, owner, next, secret, conn)
-	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) { // a frozen process wakes before its timers do
-		return rotators.Faultf(rotators.Transient, step, "%w", context.DeadlineExceeded)
+	if err := over(ctx); err != nil {
+		return rotators.Faultf(rotators.Transient, step, "%w", err)
 	}
 	if err := r.exec(ctx, conn, op, append(stmts, plain("COMMIT"))...); err != nil {
 		fault := classify(step, err, true)
@@ -259,6 +259,14 @@ func (r *Rotator) change(ctx context.Context, a action, op rotators.Op, role, se
 		return nil
 	}
 	return r.endSessions(ctx, step, op, conn, role, a != doApply)
+}
+
+// over is ctx.Err, and does not wait for a timer: a process that was frozen past its deadline wakes before its timers do.
+func over(ctx context.Context) error {
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		return context.DeadlineExceeded
+	}
+	return ctx.Err()
 }
 
 // begin opens the transaction and takes the locks, in one order for every caller. What the server then does is bounded by the
