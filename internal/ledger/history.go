@@ -29,16 +29,25 @@ type Query struct {
 	Follow bool
 }
 
-func (q Query) tokens() (team, name string, err error) {
-	team, name = "*", "*"
+// Validate refuses what would change the meaning of a subject.
+func (q Query) Validate() error {
+	var errs []error
 	if q.Team != "" {
-		team, err = q.Team, checkToken("team", q.Team)
+		errs = append(errs, checkToken("team", q.Team))
 	}
 	if q.Name != "" {
-		name, err = q.Name, errors.Join(err, checkToken("name", q.Name))
+		errs = append(errs, checkToken("name", q.Name))
 	}
-	return team, name, err
+	for _, kind := range q.Types {
+		if !slices.Contains(events.Types(), kind) {
+			errs = append(errs, fmt.Errorf("unknown event type %.80q", kind))
+		}
+	}
+	return errors.Join(errs...)
 }
+
+// filter is the two last tokens of the subjects that q selects.
+func (q Query) filter() string { return orDefault(q.Team, "*") + "." + orDefault(q.Name, "*") }
 
 func (q Query) scan(stream, filter string) scan {
 	s := scan{stream: stream, filter: filter, since: q.Since, follow: q.Follow}
@@ -51,17 +60,14 @@ func (q Query) scan(stream, filter string) scan {
 // Events calls fn with each event that q selects, in the order of their commits. An error of fn ends it and is returned. What
 // was committed a moment ago may be missing without Follow: see CatchUp.
 func (l *Ledger) Events(ctx context.Context, q Query, fn func(events.Event) error) error {
-	team, name, err := q.tokens()
-	if err != nil {
+	if err := q.Validate(); err != nil {
 		return err
 	}
 	kind := "*"
 	if len(q.Types) == 1 {
-		if kind = events.Short(q.Types[0]); checkToken("event type", kind) != nil {
-			return fmt.Errorf("unknown event type %.80q", q.Types[0])
-		}
+		kind = events.Short(q.Types[0])
 	}
-	return l.scan(ctx, q.scan(EventStream, events.SubjectPrefix+kind+"."+team+"."+name), func(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
+	return l.scan(ctx, q.scan(EventStream, events.SubjectPrefix+kind+"."+q.filter()), func(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 		e, err := events.Decode(m.Headers(), m.Data())
 		if err != nil {
 			return fmt.Errorf("event %d of %s: %w", meta.Sequence.Stream, EventStream, err)
@@ -76,11 +82,10 @@ func (l *Ledger) Events(ctx context.Context, q Query, fn func(events.Event) erro
 
 // Audit calls fn with each audit entry that q selects and its sequence, in the order of their commits; see Events.
 func (l *Ledger) Audit(ctx context.Context, q Query, fn func(e credential.Entry, sequence uint64) error) error {
-	team, name, err := q.tokens()
-	if err != nil {
+	if err := q.Validate(); err != nil {
 		return err
 	}
-	return l.scan(ctx, q.scan(AuditStream, auditOutPrefix+team+"."+name), func(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
+	return l.scan(ctx, q.scan(AuditStream, auditOutPrefix+q.filter()), func(m jetstream.Msg, meta *jetstream.MsgMetadata) error {
 		e, err := decode[credential.Entry](m.Data())
 		if err != nil {
 			return fmt.Errorf("entry %d of %s: %w", meta.Sequence.Stream, AuditStream, err)
