@@ -223,7 +223,7 @@ func (p *Postgres) running() bool {
 	}
 }
 
-// ready reads the status line of postmaster.pid, so that no driver is needed.
+// ready reads the status line of postmaster.pid, so that no driver is needed. A replica is ready when it answers queries.
 func (p *Postgres) ready() bool {
 	b, err := os.ReadFile(p.pidFile())
 	if err != nil {
@@ -289,7 +289,7 @@ func (p *Postgres) create() error {
 	for _, k := range sortedKeys(p.cfg.Settings) {
 		conf = append(conf, k+" = '"+strings.ReplaceAll(p.cfg.Settings[k], "'", "''")+"'")
 	}
-	hba := append(slices.Clone(p.cfg.HBA), "local all all "+method, "host all all 127.0.0.1/32 "+method)
+	hba := append(slices.Clone(p.cfg.HBA), "local all all "+method, "host all all 127.0.0.1/32 "+method, "host replication all 127.0.0.1/32 "+method)
 	return errors.Join(
 		p.add(filepath.Join(p.data(), "postgresql.conf"), conf),
 		p.write(filepath.Join(p.data(), "pg_hba.conf"), []byte(strings.Join(hba, "\n")+"\n")))
