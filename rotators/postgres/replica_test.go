@@ -63,7 +63,7 @@ func TestReplica(t *testing.T) {
 	replay("pause")
 	short := b.rotator(func(c *Config) { c.Timeout = time.Second })
 	b.wantClass(short.Disable(t.Context(), b.op(0, 2), b.a), rotators.Unsure, strconv.Itoa(standby.Port)) // it could log in there again
-	b.prove(r, op, m, rotators.Unknown)                                                                    // the primary rejects, the replica still accepts
+	b.prove(r, op, m, rotators.Unknown)                                                                   // the primary rejects, the replica still accepts
 	replay("resume")
 	if err := r.Disable(t.Context(), b.op(0, 2), b.a); err != nil {
 		t.Fatal(err)
