@@ -52,7 +52,9 @@ func (l *Ledger) pull(ctx context.Context, stream, consumer string, limit int, f
 
 // pullFrom pulls until an error or the end of ctx.
 func (l *Ledger) pullFrom(ctx context.Context, stream, consumer string, slots chan struct{}, running *sync.WaitGroup, fn func(context.Context, jetstream.Msg) error) error {
-	cons, err := l.js.Consumer(ctx, stream, consumer)
+	look, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	cons, err := l.js.Consumer(look, stream, consumer)
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,7 @@ func (l *Ledger) Get(ctx context.Context, id credential.ID) (credential.Record, 
 	if err := checkID(id); err != nil {
 		return credential.Record{}, 0, err
 	}
-	m, err := l.stream.GetLastMsgForSubject(ctx, recordSubject(id))
+	m, err := l.last(ctx, recordSubject(id))
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return credential.Record{}, 0, fmt.Errorf("credential %s: %w", id, credential.ErrNotFound)
 	}

@@ -73,7 +73,9 @@ func (l *Ledger) scanOnce(ctx context.Context, s *scan, fn func(jetstream.Msg, *
 	case !s.since.IsZero():
 		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &s.since
 	}
-	cons, err := l.js.CreateConsumer(ctx, s.stream, cfg)
+	create, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	cons, err := l.js.CreateConsumer(create, s.stream, cfg)
 	if err != nil {
 		return false, fmt.Errorf("create consumer: %w", err)
 	}
@@ -134,7 +136,9 @@ func (l *Ledger) scanOnce(ctx context.Context, s *scan, fn func(jetstream.Msg, *
 			return false, fmt.Errorf("pull: %w", err)
 		}
 		if received == 0 { // what was pending may have been replaced or expired
-			info, err := cons.Info(ctx)
+			look, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+			info, err := cons.Info(look)
+			cancel()
 			if err != nil {
 				return false, fmt.Errorf("look at consumer: %w", err)
 			}

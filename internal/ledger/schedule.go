@@ -64,7 +64,7 @@ func (l *Ledger) HasSchedule(ctx context.Context, id credential.ID) (bool, error
 	if err := checkID(id); err != nil {
 		return false, err
 	}
-	_, err := l.stream.GetLastMsgForSubject(ctx, scheduleSubject(id))
+	_, err := l.last(ctx, scheduleSubject(id))
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return false, nil
 	}

@@ -26,7 +26,7 @@ const (
 // get reads the last value of a subject. A deleted one is ErrNotFound, with the marker's sequence.
 func get[T any](ctx context.Context, l *Ledger, subject string) (T, uint64, error) {
 	var v T
-	m, err := l.stream.GetLastMsgForSubject(ctx, subject)
+	m, err := l.last(ctx, subject)
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return v, 0, fmt.Errorf("%s: %w", subject, credential.ErrNotFound)
 	}
@@ -40,6 +40,13 @@ func get[T any](ctx context.Context, l *Ledger, subject string) (T, uint64, erro
 		return v, m.Sequence, fmt.Errorf("read %s: %w", subject, err)
 	}
 	return v, m.Sequence, nil
+}
+
+// last reads the last message of a subject. The request is bounded: it may be lost with the connection.
+func (l *Ledger) last(ctx context.Context, subject string) (*jetstream.RawStreamMsg, error) {
+	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	return l.stream.GetLastMsgForSubject(ctx, subject)
 }
 
 // put writes a single value by compare-and-set: seq is the sequence of the one that it replaces, 0 if there must be none.

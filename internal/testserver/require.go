@@ -47,6 +47,9 @@ func available(name string) (known bool, err error) {
 	case "postgres":
 		_, err := findPostgres()
 		return true, err
+	case "nats":
+		_, err := findNATS()
+		return true, err
 	default:
 		return false, nil
 	}
