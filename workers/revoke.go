@@ -65,16 +65,21 @@ func enabled(ctx context.Context, rot rotators.Rotator) ([]rotators.VersionID, e
 	return ids, nil
 }
 
-// destroy removes the previous secret from the store, if there was one.
+// destroy removes the previous secret from the store, whichever it was.
 func (r *run) destroy(ctx context.Context) (credential.Outcome, error) {
-	if r.record.Previous.Generation == 0 {
-		return finished(), nil
-	}
 	st, err := r.store()
 	if err != nil {
 		return credential.Outcome{}, err
 	}
-	return finished(), st.Destroy(ctx, r.publishedKey(r.record.Previous))
+	for _, p := range append([]credential.Published{r.record.Previous}, r.record.Doubtful...) {
+		if p.Generation == 0 {
+			continue
+		}
+		if err := st.Destroy(ctx, r.publishedKey(p)); err != nil {
+			return credential.Outcome{}, err
+		}
+	}
+	return finished(), nil
 }
 
 // withdraw removes a candidate that no consumer ever read.

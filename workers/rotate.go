@@ -41,8 +41,9 @@ func (r *run) adopt(ctx context.Context, e credential.Effect) (credential.Outcom
 	return out, st.Promote(ctx, k, store.Key{Credential: k.Credential})
 }
 
-// note checks that a minted secret could be stored, and counts what the issuer holds before the mint.
-func (r *run) note(ctx context.Context) (credential.Outcome, error) {
+// note checks that a minted secret could be stored, and counts what the issuer holds before the mint. What the issuer shows as
+// ours and the record does not know is an orphan, and removed.
+func (r *run) note(ctx context.Context, e credential.Effect) (credential.Outcome, error) {
 	rot, st, err := r.tools(ctx)
 	if err != nil {
 		return credential.Outcome{}, err
@@ -56,6 +57,13 @@ func (r *run) note(ctx context.Context) (credential.Outcome, error) {
 	}
 	out := finished()
 	for _, v := range census {
+		if v.Ours && !r.knows(v.ID) { // a mint of ours that arrived after its generation was given up
+			if err := errors.Join(rot.Disable(ctx, e.Op, v.ID), rot.Delete(ctx, e.Op, v.ID)); err != nil {
+				return credential.Outcome{}, err
+			}
+			out.Detail += fmt.Sprintf("removed our orphan %s; ", v.ID)
+			continue
+		}
 		out.Versions = append(out.Versions, v.ID)
 	}
 	out.Foreign = r.foreign(census)
@@ -255,7 +263,15 @@ func (r *run) promote(ctx context.Context, e credential.Effect) (credential.Outc
 	if err != nil {
 		return credential.Outcome{}, err
 	}
-	return finished(), st.Promote(ctx, r.key(e.Version), r.publishedKey(r.record.Published))
+	to := r.key(e.Version)
+	err = st.Promote(ctx, to, r.publishedKey(r.record.Published))
+	for _, p := range r.record.Doubtful { // a kill overtook the promote of p: it may have happened
+		if err == nil || rotators.ClassOf(err) != rotators.Conflict {
+			break
+		}
+		err = st.Promote(ctx, to, r.publishedKey(p))
+	}
+	return finished(), err
 }
 
 // revert stages the previous secret as a new generation, so that a rollback is a promote like any other.

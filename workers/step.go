@@ -126,7 +126,7 @@ func (r *run) perform(ctx context.Context, e credential.Effect) (credential.Outc
 	case credential.Adopting:
 		return r.adopt(ctx, e)
 	case credential.Noting:
-		return r.note(ctx)
+		return r.note(ctx, e)
 	case credential.Minting:
 		return r.mint(ctx, e)
 	case credential.Attributing:

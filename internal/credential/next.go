@@ -112,6 +112,7 @@ func (r Record) clone() Record {
 	}
 	r.Candidate, r.Current, r.Old = copied(r.Candidate), copied(r.Current), copied(r.Old)
 	r.Dead, r.Noted, r.Foreign = slices.Clone(r.Dead), slices.Clone(r.Noted), slices.Clone(r.Foreign)
+	r.Doubtful = slices.Clone(r.Doubtful)
 	if r.Acks != nil {
 		acks := make(map[string]time.Time, len(r.Acks))
 		for k, v := range r.Acks {

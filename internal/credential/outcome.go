@@ -166,7 +166,7 @@ func (m *machine) take(o Outcome, on Result, to Phase, began time.Time) {
 		if r.Old != nil {
 			m.announce(NoticeRevoked, Notice{Generation: r.Old.Generation, Reason: r.Reason})
 		}
-		r.Old, r.Previous = nil, Published{}
+		r.Old, r.Previous, r.Doubtful = nil, Published{}, nil
 	case Killing:
 		m.disabled(o)
 		m.announce(NoticeSuspended, Notice{Reason: r.Reason, Grade: "disabled", Message: residual(r.Spec.Traits)})

@@ -42,7 +42,7 @@ func outdated(r *Record) bool {
 }
 
 func reverting(r *Record) bool { return r.Candidate != nil && r.Candidate.Revert }
-func first(r *Record) bool     { return r.Published.Generation == 0 }
+func first(r *Record) bool     { return r.Published.Generation == 0 && len(r.Doubtful) == 0 }
 
 // firstOutdated: an emergency came while the very first generation was being promoted.
 func firstOutdated(r *Record) bool {

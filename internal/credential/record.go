@@ -68,6 +68,9 @@ type Record struct {
 	Published Published `json:"published,omitzero"`
 	// Previous is what Published was before the last promote, until it is destroyed.
 	Previous Published `json:"previous,omitzero"`
+	// Doubtful are generations that a kill overtook while they were being promoted: the store's current may be one of them
+	// instead of Published, until the next promote has been cleaned up after.
+	Doubtful []Published `json:"doubtful,omitempty"`
 	// Noted are the issuer's ids before a mint, NotedAt the time of that census.
 	Noted   []rotators.VersionID `json:"noted,omitempty"`
 	NotedAt time.Time            `json:"noted_at,omitzero"`

@@ -218,6 +218,9 @@ func (m *machine) kill(q Request) error {
 			r.Dead = append(r.Dead, v)
 		}
 	}
+	if (r.Phase == Promoting || r.Phase == Adopting) && r.Candidate != nil {
+		r.Doubtful = append(r.Doubtful, published(*r.Candidate))
+	}
 	m.order(q, ModeKill)
 	r.Candidate, r.Current, r.Old = nil, nil, nil
 	r.Swept, r.Proven, r.Residue = false, false, ""
