@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"reflect"
+	"strings"
 	"sync"
 	"time"
 
@@ -58,6 +60,8 @@ type Config struct {
 	Store func(name string) bool
 	// Reference says where consumers find a credential in a store; nil answers store:team/name.
 	Reference func(store, credential string) string
+	// Probe asks issuers before an apply is taken; nil asks nobody.
+	Probe Prober
 	// Metrics are shown on /metrics; nil for new ones.
 	Metrics *Metrics
 	// Version of the program, for the OpenAPI document.
@@ -122,11 +126,24 @@ func New(c Config) (*Server, error) {
 	hc.CreateHooks = nil                 // no $schema in bodies
 	hc.RejectUnknownQueryParameters = true
 	hc.Transformers = []huma.Transformer{withoutValues}
+	hc.Components.Schemas = huma.NewMapRegistry("#/components/schemas/", schemaName)
 	hc.Components.SecuritySchemes = map[string]*huma.SecurityScheme{"token": {Type: "http", Scheme: "bearer"}}
 	s.api = humago.New(s.mux, hc)
 	s.api.UseMiddleware(s.guard)
 	s.register()
 	return s, nil
+}
+
+// schemaName tells what a client declares from what it is shown: both have a Target.
+func schemaName(t reflect.Type, hint string) string {
+	name := huma.DefaultSchemaNamer(t, hint)
+	for t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if strings.HasSuffix(t.PkgPath(), "internal/credential") {
+		return "Declared" + name
+	}
+	return name
 }
 
 // withoutValues keeps what a client sent out of the answer: it may be a secret that it took for a reference.

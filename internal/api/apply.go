@@ -22,6 +22,7 @@ type ApplyRequest struct {
 	Targets     []credential.Target               `json:"targets" required:"false"`
 	Credentials map[credential.ID]credential.Spec `json:"credentials"`
 	DryRun      bool                              `json:"dry_run,omitempty" doc:"Only say what would change"`
+	Unprobed    bool                              `json:"unprobed,omitempty" doc:"Do not ask the issuers first whether they can be used"`
 }
 
 // ApplyResult lists every object on either side.
@@ -29,7 +30,9 @@ type ApplyResult struct {
 	Changes []ApplyChange `json:"changes"`
 	Applied bool          `json:"applied" doc:"false for a dry run"`
 	Refused int           `json:"refused,omitempty" doc:"Dry run: changes that cannot be done; a real run would do nothing"`
-	Failed  int           `json:"failed,omitempty" doc:"Changes that others or the ledger prevented in the middle: apply again"`
+	// Warnings are what the issuers had to say that does not keep them from being used.
+	Warnings []string `json:"warnings,omitempty"`
+	Failed   int      `json:"failed,omitempty" doc:"Changes that others or the ledger prevented in the middle: apply again"`
 }
 
 // ApplyChange is one change and, after a real run, why it was not made.
@@ -91,6 +94,13 @@ func (s *Server) apply(ctx context.Context, in *applyInput) (*applyOutput, error
 			}
 		}
 		return nil, huma.Error409Conflict("nothing was changed: some of it cannot be done now", details...)
+	}
+	if !in.Body.Unprobed {
+		warnings, fatal := s.probe(ctx, out.Body.Changes, desired)
+		if len(fatal) > 0 {
+			return nil, huma.Error422UnprocessableEntity("nothing was changed: rotating there would be unsafe or cannot work", fatal...)
+		}
+		out.Body.Warnings = warnings
 	}
 	s.write(ctx, out.Body.Changes, desired)
 	out.Body.Applied = true

@@ -184,6 +184,8 @@ func (s *Server) stream(follow bool, produce func(context.Context, func(any) err
 		}
 		err := produce(ctx, out.emit)
 		switch {
+		case s.streams.Err() != nil && !follow:
+			_ = out.emit(streamError{"the server is stopping"})
 		case err == nil, ctx.Err() != nil, errors.Is(err, errClientGone):
 		default:
 			s.Logger.Error("stream broke off", "error", err)
