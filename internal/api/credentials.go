@@ -30,14 +30,15 @@ type (
 	}
 	listOutput struct{ Body CredentialList }
 
-	oneInput struct {
+	// OnePath names one credential.
+	OnePath struct {
 		Team string `path:"team" maxLength:"63"`
 		Name string `path:"name" maxLength:"63"`
 	}
 	oneOutput struct{ Body Credential }
 
 	verbInput struct {
-		oneInput
+		OnePath
 		Body struct {
 			Reason string `json:"reason,omitempty" maxLength:"1000" doc:"For the audit entry"`
 		} `required:"false"`
@@ -94,7 +95,7 @@ func (s *Server) listCredentials(ctx context.Context, in *listInput) (*listOutpu
 	return out, nil
 }
 
-func (s *Server) getCredential(ctx context.Context, in *oneInput) (*oneOutput, error) {
+func (s *Server) getCredential(ctx context.Context, in *OnePath) (*oneOutput, error) {
 	id, err := parse(in.Team, in.Name)
 	if err != nil {
 		return nil, err

@@ -43,7 +43,7 @@ type Progress struct {
 
 type (
 	orderInput struct {
-		oneInput
+		OnePath
 		Body struct {
 			Reason   string `json:"reason,omitempty" maxLength:"1000" doc:"For the audit entry and the event"`
 			Incident string `json:"incident,omitempty" pattern:"^[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?$" doc:"Idempotency key: the same order under the same id is carried out once. A UUID if absent"`

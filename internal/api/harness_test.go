@@ -192,7 +192,7 @@ func (e *env) drive(id credential.ID, until credential.Phase) credential.Record 
 		var in credential.Input = credential.Tick{Worker: "w"}
 		switch {
 		case r.Phase == credential.Idle:
-			in = credential.Request{Verb: credential.Admit, Actor: "scheduler"}
+			in = credential.Request{Verb: credential.Rotate, Actor: "scheduler"}
 		case r.Claim != nil:
 			o := credential.Outcome{Worker: r.Claim.Worker, Phase: r.Phase, Result: credential.Done}
 			switch r.Phase {

@@ -44,7 +44,8 @@ type streamError struct {
 }
 
 type (
-	auditInput struct {
+	// StreamParams select events or audit entries.
+	StreamParams struct {
 		Since      string `query:"since" doc:"An instant (RFC 3339) or an age, such as 24h or 7d; absent: everything that is kept"`
 		After      uint64 `query:"after" doc:"Only what is behind this sequence"`
 		Credential string `query:"credential" doc:"Only this one, team/name"`
@@ -52,7 +53,7 @@ type (
 		Follow     bool   `query:"follow" doc:"Go on with what comes later; an empty line every 15 s shows that the stream is alive"`
 	}
 	eventsInput struct {
-		auditInput
+		StreamParams
 		Type string `query:"type" doc:"Only these types, joined by commas: rotated, or dev.rekey.credential.rotated.v1"`
 	}
 )
@@ -73,7 +74,7 @@ func (s *Server) registerStreams() {
 }
 
 // query turns parameters into a ledger's query, and what an identity may see of the result.
-func (s *Server) query(ctx context.Context, in auditInput) (ledger.Query, func(team string) bool, error) {
+func (s *Server) query(ctx context.Context, in StreamParams) (ledger.Query, func(team string) bool, error) {
 	me := who(ctx)
 	q := ledger.Query{Team: in.Team, After: in.After, Follow: in.Follow}
 	if in.Credential != "" {
@@ -123,7 +124,7 @@ func eventTypes(list string) ([]string, error) {
 }
 
 func (s *Server) events(ctx context.Context, in *eventsInput) (*huma.StreamResponse, error) {
-	q, see, err := s.query(ctx, in.auditInput)
+	q, see, err := s.query(ctx, in.StreamParams)
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +141,7 @@ func (s *Server) events(ctx context.Context, in *eventsInput) (*huma.StreamRespo
 	}), nil
 }
 
-func (s *Server) audit(ctx context.Context, in *auditInput) (*huma.StreamResponse, error) {
+func (s *Server) audit(ctx context.Context, in *StreamParams) (*huma.StreamResponse, error) {
 	q, see, err := s.query(ctx, *in)
 	if err != nil {
 		return nil, err
