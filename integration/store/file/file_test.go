@@ -290,7 +290,7 @@ func BenchmarkRotation(b *testing.B) {
 		if err := s.Promote(b.Context(), keyOf(g), from); err != nil {
 			b.Fatal(err)
 		}
-		if err := s.Destroy(b.Context(), from); err != nil {
+		if err := s.Destroy(b.Context(), keyOf(max(g, 2)-1)); err != nil {
 			b.Fatal(err)
 		}
 		from = keyOf(g)
