@@ -92,6 +92,8 @@ type Ledger struct {
 	meta   meta
 	log    *slog.Logger
 
+	ackWait, inProgress time.Duration // constants, shorter in a test
+
 	queue   chan *request
 	stop    chan struct{} // closed by Close
 	stopped chan struct{} // closed when the committer has ended
@@ -114,7 +116,7 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 		return nil, fmt.Errorf("open ledger: %w", err)
 	}
 	l := &Ledger{
-		cfg: cfg, nc: cfg.Conn, js: js, log: cfg.Logger,
+		cfg: cfg, nc: cfg.Conn, js: js, log: cfg.Logger, ackWait: ackWait, inProgress: inProgressEvery,
 		queue: make(chan *request, maxBatch), stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	if err := l.bind(ctx); err != nil {

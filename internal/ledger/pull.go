@@ -14,8 +14,8 @@ import (
 
 // A delivery that is neither acknowledged nor reported in progress for ackWait is delivered again.
 const (
-	ackWait    = 30 * time.Second
-	inProgress = 10 * time.Second
+	ackWait         = 30 * time.Second
+	inProgressEvery = 10 * time.Second
 	// handBack is how long a failed delivery is kept before it is handed back at once. A delayed negative acknowledgement
 	// would count as pending all the same, and die with us.
 	handBack = time.Second
@@ -118,7 +118,7 @@ func (l *Ledger) handle(ctx context.Context, m jetstream.Msg, fn func(context.Co
 	done := make(chan struct{})
 	defer close(done)
 	go func() {
-		t := time.NewTicker(inProgress)
+		t := time.NewTicker(l.inProgress)
 		defer t.Stop()
 		for {
 			select {

@@ -285,10 +285,29 @@ func (l *Ledger) ensureConsumers(ctx context.Context) error {
 		{LedgerStream, jetstream.ConsumerConfig{Durable: dueConsumer, FilterSubject: duePrefix + "*.*", MaxAckPending: 1024}},
 		{AckStream, jetstream.ConsumerConfig{Durable: ackConsumer, FilterSubject: ackPrefix + "*.*.*", MaxAckPending: 1024}},
 	} {
-		c.cfg.AckPolicy, c.cfg.AckWait, c.cfg.MaxDeliver = jetstream.AckExplicitPolicy, ackWait, -1
+		c.cfg.AckPolicy, c.cfg.AckWait, c.cfg.MaxDeliver = jetstream.AckExplicitPolicy, l.ackWait, -1
 		if _, err := l.js.CreateOrUpdateConsumer(ctx, c.stream, c.cfg); err != nil {
 			return fmt.Errorf("create consumer %s of %s: %w", c.cfg.Durable, c.stream, err)
 		}
+	}
+	return nil
+}
+
+// Check writes and reads back a probe, so that a full disk or a lost server is noticed before a commit meets it. It costs one
+// synced write.
+func (l *Ledger) Check(ctx context.Context) error {
+	at := l.cfg.Now().UTC()
+	data, err := json.Marshal(at)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	if _, err := l.js.Publish(ctx, probeSubject, data); err != nil {
+		return fmt.Errorf("the ledger cannot be written: %w", err)
+	}
+	if _, _, err := get[time.Time](ctx, l, probeSubject); err != nil {
+		return fmt.Errorf("the ledger cannot be read: %w", err)
 	}
 	return nil
 }

@@ -31,6 +31,7 @@ const (
 	duePrefix      = kv + "due."
 	controlSubject = kv + "control"
 	metaSubject    = kv + "meta.ledger"
+	probeSubject   = kv + "meta.probe"
 )
 
 // The subjects of the other streams; the events' are in package events.

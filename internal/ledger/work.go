@@ -53,7 +53,7 @@ func (l *Ledger) EnsureLanes(ctx context.Context, target string, concurrency int
 		}
 		_, err := l.js.CreateOrUpdateConsumer(ctx, WorkStream, jetstream.ConsumerConfig{
 			Durable: laneConsumer(lane, target), FilterSubject: laneFilter(lane, target),
-			AckPolicy: jetstream.AckExplicitPolicy, AckWait: ackWait, MaxDeliver: -1, MaxAckPending: concurrency,
+			AckPolicy: jetstream.AckExplicitPolicy, AckWait: l.ackWait, MaxDeliver: -1, MaxAckPending: concurrency,
 		})
 		if err != nil {
 			return fmt.Errorf("make %s lane of target %s: %w", lane, target, err)
