@@ -36,7 +36,7 @@ func table() []row {
 		{Package: "internal/ledger/ledgertest", May: []string{"internal/credential", "internal/ledger", "events"}},
 		{Package: "internal/ledger/**", May: []string{"internal/credential", "internal/ledger", "events"}},
 		{Package: "internal/config", May: []string{"internal/credential", "rotators"}},
-		{Package: "internal/api", May: []string{"internal/**", "events"}},
+		{Package: "internal/api", May: []string{"internal/**", "events", "rotators"}},
 		{Package: "internal/testserver"},
 		{Package: "internal/archtest"},
 
