@@ -18,8 +18,8 @@ const (
 )
 
 // Dues calls fn with the id of every record whose schedule has rung, from at most limit goroutines. Any number of processes
-// may do so: each ring goes to one of them, at least once, also late and also when the record has changed since. nil
-// from fn ends the ring; after an error it comes again. ctx as in Work.
+// may do so: each ring goes to one of them, at least once, also late, when the record has changed since, and, after a crash
+// of the server, for a schedule that was cancelled. nil from fn ends the ring; after an error it comes again. ctx as in Work.
 func (l *Ledger) Dues(ctx context.Context, limit int, fn func(context.Context, credential.ID) error) error {
 	return l.pull(ctx, LedgerStream, dueConsumer, limit, func(ctx context.Context, m jetstream.Msg) error {
 		id, err := idFrom(duePrefix, m.Subject())

@@ -293,18 +293,15 @@ func (l *Ledger) ensureConsumers(ctx context.Context) error {
 	return nil
 }
 
-// Check writes and reads back a probe, so that a full disk or a lost server is noticed before a commit meets it. It costs one
-// synced write.
+// Check commits and reads back a probe, so that a full disk or a lost server is noticed before a commit meets it. It costs one
+// synced batch.
 func (l *Ledger) Check(ctx context.Context) error {
-	at := l.cfg.Now().UTC()
-	data, err := json.Marshal(at)
+	data, err := json.Marshal(l.cfg.Now().UTC())
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
-	defer cancel()
-	if _, err := l.js.Publish(ctx, probeSubject, data); err != nil {
-		return fmt.Errorf("the ledger cannot be written: %w", err)
+	if _, err := l.publish([]*nats.Msg{{Subject: probeSubject, Header: nats.Header{}, Data: data}}); err != nil {
+		return fmt.Errorf("the ledger takes no commits: %w", err)
 	}
 	if _, _, err := get[time.Time](ctx, l, probeSubject); err != nil {
 		return fmt.Errorf("the ledger cannot be read: %w", err)
