@@ -26,8 +26,9 @@ type Proxy struct {
 
 // loss is what to do with the next request that holds the text.
 type loss struct {
-	text  []byte
-	reply bool // forward it, wait for the answer and lose that
+	text   []byte
+	reply  bool   // forward it, wait for the answer and lose that
+	answer []byte // what the answer holds when it is complete; empty: anything
 }
 
 // NewProxy relays a free loopback port to host:port until Close.
@@ -62,11 +63,13 @@ func (p *Proxy) Mend() {
 }
 
 // LoseRequest ends the connection on which the next request with this text arrives, without forwarding it.
-func (p *Proxy) LoseRequest(text string) { p.set(&loss{[]byte(text), false}) }
+func (p *Proxy) LoseRequest(text string) { p.set(&loss{text: []byte(text)}) }
 
-// LoseReply forwards the next request with this text, waits until the server answers, and ends the connection instead of
-// relaying the answer.
-func (p *Proxy) LoseReply(text string) { p.set(&loss{[]byte(text), true}) }
+// LoseReply forwards the next request with this text, waits until the server's answer holds answer, and ends the connection
+// instead of relaying it.
+func (p *Proxy) LoseReply(text, answer string) {
+	p.set(&loss{text: []byte(text), reply: true, answer: []byte(answer)})
+}
 
 func (p *Proxy) set(l *loss) {
 	p.mu.Lock()
@@ -128,7 +131,7 @@ func (p *Proxy) relay(client net.Conn) {
 	}
 	defer p.drop(server)
 
-	lost := make(chan struct{}) // closed: the server's next words are not for the client
+	lost := make(chan []byte, 1) // the server's next words, up to this, are not for the client
 	ended := make(chan struct{})
 	p.wg.Go(func() {
 		defer close(ended)
@@ -136,7 +139,10 @@ func (p *Proxy) relay(client net.Conn) {
 		for {
 			n, err := server.Read(buf)
 			select {
-			case <-lost:
+			case answer := <-lost:
+				for held := bytes.Clone(buf[:n]); err == nil && !bytes.Contains(held, answer); held = append(held, buf[:n]...) {
+					n, err = server.Read(buf)
+				}
 				_ = client.Close()
 				return
 			default:
@@ -160,7 +166,7 @@ func (p *Proxy) relay(client net.Conn) {
 			if !l.reply {
 				return
 			}
-			close(lost)
+			lost <- l.answer
 			_, _ = server.Write(buf[:n])
 			<-ended
 			return

@@ -69,7 +69,7 @@ func TestProxyLosesWhatItIsToldTo(t *testing.T) {
 	if got, err := say("two"); got != "" || err == nil {
 		t.Fatalf("a lost request was answered: %q, %v", got, err)
 	}
-	p.LoseReply("three")
+	p.LoseReply("three", "ee")
 	if got, err := say("three"); got != "" || err == nil {
 		t.Fatalf("a lost reply arrived: %q, %v", got, err)
 	}

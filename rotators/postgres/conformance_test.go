@@ -36,7 +36,7 @@ func harness(p *testserver.Postgres, roles int) rotatortest.Harness {
 				return session{conn}, err
 			},
 			Break:      func() func() { proxy.Cut(); return proxy.Mend },
-			LoseReply:  func() { proxy.LoseReply("COMMIT\x00") },
+			LoseReply:  func() { proxy.LoseReply("COMMIT\x00", "COMMIT\x00") },
 			FailBefore: func() { proxy.LoseRequest("COMMIT\x00") },
 			Foreign: func() (rotators.VersionID, func() bool) {
 				b.sql("CREATE ROLE %s LOGIN PASSWORD 'theirs'", b.a)

@@ -54,6 +54,7 @@ func (r *Rotator) dial(ctx context.Context, h host, user, password, database, au
 	cfg.DefaultQueryExecMode = pgx.QueryExecModeSimpleProtocol
 	if r.dialFunc != nil {
 		cfg.DialFunc = r.dialFunc
+		cfg.LookupFunc = func(_ context.Context, name string) ([]string, error) { return []string{name}, nil }
 	}
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	var ce *pgconn.ConnectError

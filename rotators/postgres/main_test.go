@@ -194,6 +194,7 @@ func (b *bench) prove(r *Rotator, op rotators.Op, m rotators.Material, want rota
 	}
 }
 
+// wantClass wants a *Fault of this class whose text mentions each of these.
 func (b *bench) wantClass(err error, want rotators.Class, text ...string) {
 	b.t.Helper()
 	if err == nil {
@@ -244,3 +245,6 @@ func (b *bench) catalog(except ...string) string {
 	}
 	return out.String()
 }
+
+// major is the server's version.
+func (b *bench) major() int { return version(b.super) }

@@ -98,8 +98,7 @@ func probe(ctx context.Context, conn *pgx.Conn, sql string) error {
 	if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL statement_timeout = %d", statementLimit.Milliseconds())); err != nil {
 		return err
 	}
-	_, err = tx.Exec(ctx, sql, pgx.QueryExecModeExec)
-	return err
+	return conn.PgConn().ExecParams(ctx, sql, nil, nil, nil, nil).Read().Err // pgx's own Exec would send it as a simple query
 }
 
 // rejected reports whether the server refused the login itself. 28000 has two meanings in one code: the role may not log in

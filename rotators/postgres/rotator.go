@@ -63,6 +63,7 @@ type Rotator struct {
 	record   rotators.Recorder
 	random   io.Reader
 	timeout  time.Duration
+	idle     time.Duration        // idleLimit, less in tests
 	dialFunc pgconn.DialFunc      // nil: the driver's
 	scanned  func(attempt int)    // tests: after each scan for sessions
 	before   func(stmt statement) // tests: before a change is sent
@@ -98,7 +99,7 @@ func New(c Config) (*Rotator, error) {
 	}
 	r := &Rotator{
 		target: c.Target, spec: c.Credential, hosts: hosts, id: c.ID, adopted: c.Adopted,
-		resolve: c.Resolve, record: c.Record, random: c.Random, timeout: c.Timeout,
+		resolve: c.Resolve, record: c.Record, random: c.Random, timeout: c.Timeout, idle: idleLimit,
 	}
 	r.spec.Roles = slices.Clone(r.spec.Roles)
 	if r.random == nil {
@@ -275,7 +276,7 @@ func (r *Rotator) begin() []statement {
 	ms := func(d time.Duration) int64 { return d.Milliseconds() }
 	stmts := []statement{
 		plain("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"),
-		plain("SET LOCAL idle_in_transaction_session_timeout = %d", ms(idleLimit)),
+		plain("SET LOCAL idle_in_transaction_session_timeout = %d", ms(r.idle)),
 		plain("SET LOCAL lock_timeout = %d", ms(lockLimit)),
 		plain("SET LOCAL statement_timeout = %d", ms(statementLimit)),
 		plain("SET LOCAL standard_conforming_strings = on"),
