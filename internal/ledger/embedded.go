@@ -217,8 +217,8 @@ func (e *Embedded) ConsumerCreds(consumer string, ids []credential.ID) ([]byte, 
 	return e.id.creds(consumer, user, p)
 }
 
-// Err says why the server cannot serve, nil if it can. When the disk is full the server gives up JetStream: after there is
-// space again it has to be restarted.
+// Err says why the server cannot serve at all, nil if it can. A stream whose disk was full refuses every commit until the
+// server is restarted, also when there is space again: Ledger.Check shows that.
 func (e *Embedded) Err() error {
 	if fatal := e.log.lastFatal(); fatal != "" {
 		return errors.New(fatal)

@@ -421,3 +421,16 @@ func TestOversizedRecord(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 }
+
+// What cannot be seen from outside without cutting the power: every write is synced, and no limit refuses one while there is
+// space.
+func TestEmbeddedSyncs(t *testing.T) {
+	e, err := StartEmbedded(EmbeddedConfig{DataDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Shutdown()
+	if c := e.ns.JetStreamConfig(); !c.SyncAlways || c.MaxStore != unlimitedStore {
+		t.Fatalf("SyncAlways %v, MaxStore %d", c.SyncAlways, c.MaxStore)
+	}
+}

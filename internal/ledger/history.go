@@ -2,12 +2,9 @@ package ledger
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -92,122 +89,4 @@ func (l *Ledger) Audit(ctx context.Context, q Query, fn func(e credential.Entry,
 		}
 		return fn(e, meta.Sequence.Stream)
 	})
-}
-
-// Lag is how far a sourced stream is behind the ledger.
-type Lag struct {
-	Stream string `json:"stream"`
-	// Behind is the age of the oldest commit that has not arrived there; 0 if everything has.
-	Behind time.Duration `json:"behind"`
-}
-
-// LagAlarm is the lag from which a sourced stream has to be looked at: it may be wedged (nats-server #8323).
-const LagAlarm = time.Minute
-
-// SourceLag measures how far the event and audit streams are behind the ledger.
-func (l *Ledger) SourceLag(ctx context.Context) ([]Lag, error) {
-	var lags []Lag
-	for _, s := range []struct{ stream, from string }{{EventStream, eventPrefix + ">"}, {AuditStream, auditPrefix + ">"}} {
-		behind, err := l.behind(ctx, s.stream, s.from)
-		if err != nil {
-			return nil, fmt.Errorf("measure lag of %s: %w", s.stream, err)
-		}
-		lags = append(lags, Lag{Stream: s.stream, Behind: behind})
-	}
-	return lags, nil
-}
-
-// behind is the age of the first message of the ledger on filter that is not yet in stream.
-func (l *Ledger) behind(ctx context.Context, stream, filter string) (time.Duration, error) {
-	arrived, err := l.lastSourced(ctx, stream)
-	if err != nil {
-		return 0, err
-	}
-	m, err := l.message(ctx, LedgerStream, map[string]any{"seq": arrived + 1, "next_by_subj": filter})
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	return max(l.cfg.Now().Sub(m.Time), time.Nanosecond), nil
-}
-
-// lastSourced is the ledger's sequence of the last message that has arrived in stream, 0 if none has.
-func (l *Ledger) lastSourced(ctx context.Context, stream string) (uint64, error) {
-	m, err := l.message(ctx, stream, map[string]any{"last_by_subj": ">"})
-	if errors.Is(err, jetstream.ErrMsgNotFound) {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	fields := strings.Fields(m.header("Nats-Stream-Source")) // stream, sequence, filter, …
-	if len(fields) < 2 {
-		return 0, fmt.Errorf("message %d does not say where it comes from", m.Seq)
-	}
-	return strconv.ParseUint(fields[1], 10, 64)
-}
-
-// CatchUp waits until everything that was committed before the call is in the event and audit streams, or ctx ends.
-func (l *Ledger) CatchUp(ctx context.Context) error {
-	for {
-		lags, err := l.SourceLag(ctx)
-		if err != nil {
-			return err
-		}
-		if !slices.ContainsFunc(lags, func(g Lag) bool { return g.Behind > 0 }) {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: %w", lags[0].Stream, ctx.Err())
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-// stored is a message as the server's message API gives it.
-type stored struct {
-	Subject string    `json:"subject"`
-	Seq     uint64    `json:"seq"`
-	Header  []byte    `json:"hdrs"`
-	Data    []byte    `json:"data"`
-	Time    time.Time `json:"time"`
-}
-
-func (s stored) header(name string) string {
-	for line := range strings.SplitSeq(string(s.Header), "\r\n") {
-		if k, v, ok := strings.Cut(line, ":"); ok && strings.EqualFold(k, name) {
-			return strings.TrimSpace(v)
-		}
-	}
-	return ""
-}
-
-// message asks the stream's leader for one message; nats.go offers neither "next on subject" nor wildcards.
-func (l *Ledger) message(ctx context.Context, stream string, query map[string]any) (stored, error) {
-	body, err := json.Marshal(query)
-	if err != nil {
-		return stored{}, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
-	defer cancel()
-	reply, err := l.nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+stream, body)
-	if err != nil {
-		return stored{}, err
-	}
-	answer, err := decode[struct {
-		Message stored              `json:"message"`
-		Error   *jetstream.APIError `json:"error"`
-	}](reply.Data)
-	switch {
-	case err != nil:
-		return stored{}, err
-	case answer.Error != nil && answer.Error.ErrorCode == jetstream.JSErrCodeMessageNotFound:
-		return stored{}, jetstream.ErrMsgNotFound
-	case answer.Error != nil:
-		return stored{}, answer.Error
-	}
-	return answer.Message, nil
 }

@@ -70,14 +70,18 @@ func sourcedConfig(name, description, from, to string, maxAge time.Duration, rep
 	}
 }
 
-func eventConfig(replicas int) jetstream.StreamConfig {
-	return sourcedConfig(EventStream, "rekey: events for application teams",
-		eventPrefix+"*.*.*.*", events.SubjectPrefix+"{{wildcard(1)}}.{{wildcard(2)}}.{{wildcard(3)}}", 90*day, replicas)
-}
-
-func auditConfig(replicas int) jetstream.StreamConfig {
-	return sourcedConfig(AuditStream, "rekey: audit entries",
-		auditPrefix+"*.*.*", auditOutPrefix+"{{wildcard(1)}}.{{wildcard(2)}}", 365*day, replicas)
+// sourced is the configuration of one of the two streams that follow the ledger; the transforms drop the Rev.
+func sourced(name string, replicas int) (jetstream.StreamConfig, bool) {
+	switch name {
+	case EventStream:
+		return sourcedConfig(name, "rekey: events for application teams",
+			eventPrefix+"*.*.*.*", events.SubjectPrefix+"{{wildcard(1)}}.{{wildcard(2)}}.{{wildcard(3)}}", 90*day, replicas), true
+	case AuditStream:
+		return sourcedConfig(name, "rekey: audit entries",
+			auditPrefix+"*.*.*", auditOutPrefix+"{{wildcard(1)}}.{{wildcard(2)}}", 365*day, replicas), true
+	default:
+		return jetstream.StreamConfig{}, false
+	}
 }
 
 // workConfig keeps doorbells only as long as several sweeps take to ring again, and writes them lazily where it may.
@@ -162,15 +166,9 @@ func (l *Ledger) bind(ctx context.Context) error {
 	if present, err = l.streams(ctx); err != nil { // again: another process may have completed the creation meanwhile
 		return err
 	}
-	for _, cfg := range []jetstream.StreamConfig{eventConfig(replicas), auditConfig(replicas)} {
-		switch {
-		case present[cfg.Name]:
-		case l.meta.Ready:
-			return fmt.Errorf("stream %s is missing: it was deleted or could not be read; restore its data before starting", cfg.Name)
-		default:
-			if _, err := l.js.CreateStream(ctx, cfg); err != nil {
-				return fmt.Errorf("create stream %s: %w", cfg.Name, err)
-			}
+	for _, name := range []string{EventStream, AuditStream} {
+		if err := l.bindSourced(ctx, name, present[name], replicas); err != nil {
+			return err
 		}
 	}
 	for _, cfg := range []jetstream.StreamConfig{workConfig(replicas), ackConfig(replicas)} {
@@ -192,6 +190,28 @@ func (l *Ledger) bind(ctx context.Context) error {
 		if _, err := l.put(ctx, metaSubject, l.meta, seq); err != nil && !errors.Is(err, credential.ErrStale) {
 			return fmt.Errorf("write the ledger's identity: %w", err) // stale: another process completed it
 		}
+	}
+	return nil
+}
+
+// bindSourced makes a stream that follows the ledger, during the first Open only, or adds the source that it lost.
+func (l *Ledger) bindSourced(ctx context.Context, name string, present bool, replicas int) error {
+	cfg, _ := sourced(name, replicas)
+	if !present {
+		if l.meta.Ready {
+			return fmt.Errorf("stream %s is missing: it was deleted or could not be read; restore its data before starting", name)
+		}
+		if _, err := l.js.CreateStream(ctx, cfg); err != nil {
+			return fmt.Errorf("create stream %s: %w", name, err)
+		}
+		return nil
+	}
+	s, err := l.js.Stream(ctx, name)
+	if err != nil {
+		return fmt.Errorf("bind stream %s: %w", name, err)
+	}
+	if now := s.CachedInfo().Config; len(now.Sources) == 0 { // a restart of the source was interrupted
+		return l.addSource(ctx, now, cfg.Sources[0])
 	}
 	return nil
 }
