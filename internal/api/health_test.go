@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -16,11 +17,14 @@ import (
 // ill is a ledger that cannot do everything.
 type ill struct {
 	Ledger
+	mu      sync.Mutex
 	control error
 	behind  time.Duration
 }
 
 func (i *ill) GetControl(ctx context.Context) (credential.Control, uint64, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	if i.control != nil {
 		return credential.Control{}, 0, i.control
 	}
@@ -28,19 +32,27 @@ func (i *ill) GetControl(ctx context.Context) (credential.Control, uint64, error
 }
 
 func (i *ill) SourceLag(context.Context) ([]ledger.Lag, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	return []ledger.Lag{{Stream: ledger.EventStream, Behind: i.behind}}, nil
+}
+
+func (i *ill) set(control error, behind time.Duration) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.control, i.behind = control, behind
 }
 
 func TestReadiness(t *testing.T) {
 	i := &ill{}
 	e := start(t, func(c *Config) { i.Ledger = c.Ledger; c.Ledger = i })
 	eventually(t, "ready", func() bool { r, err := e.admin.Ready(t.Context()); return err == nil && r.Ready })
-	i.control = errors.New("secret internals")
+	i.set(errors.New("secret internals"), 0)
 	res, body := e.raw(http.MethodGet, "/readyz", "", nil)
 	if res.StatusCode != http.StatusServiceUnavailable || !strings.Contains(body, `"ledger":"it does not answer"`) || strings.Contains(body, "internals") {
 		t.Errorf("without a ledger: %d %s", res.StatusCode, body)
 	}
-	i.control, i.behind = nil, 2*time.Minute
+	i.set(nil, 2*time.Minute)
 	if res, body = e.raw(http.MethodGet, "/readyz", "", nil); res.StatusCode != http.StatusServiceUnavailable || !strings.Contains(body, "2m0s behind") {
 		t.Errorf("with a wedged stream: %d %s", res.StatusCode, body)
 	}
