@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -43,14 +44,15 @@ type Config struct {
 	Sweep time.Duration
 	// Rotations that are more than LateAfter late (default 5 minutes) are spread over LateWindow (default 15 minutes).
 	LateAfter, LateWindow time.Duration
-	// Paused reports the fleet-wide pause; nil for never.
-	Paused func() bool
-	Now    func() time.Time
-	Logger *slog.Logger
+	Now                   func() time.Time
+	Logger                *slog.Logger
 }
 
 // Scheduler admits and rings.
-type Scheduler struct{ Config }
+type Scheduler struct {
+	Config
+	paused atomic.Bool // the fleet-wide pause, as last seen
+}
 
 // New fills in the defaults of c.
 func New(c Config) *Scheduler {
@@ -66,23 +68,38 @@ func New(c Config) *Scheduler {
 	if c.LateWindow == 0 {
 		c.LateWindow = 15 * time.Minute
 	}
-	if c.Paused == nil {
-		c.Paused = func() bool { return false }
-	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Scheduler{c}
+	return &Scheduler{Config: c}
 }
 
 // Run works until ctx ends, and returns nil then. It sweeps at its start, so that nothing that became due while no
 // scheduler ran is forgotten.
 func (s *Scheduler) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.Ledger.Dues(ctx, dueLimit, s.Handle) })
+	kick, ready := make(chan struct{}, 1), make(chan struct{})
+	g.Go(func() error {
+		return s.Ledger.WatchControl(ctx, func(c credential.Control) {
+			if s.paused.Swap(c.Paused) && !c.Paused { // what became due meanwhile rang in vain
+				select {
+				case kick <- struct{}{}:
+				default:
+				}
+			}
+		}, func() { close(ready) })
+	})
+	g.Go(func() error {
+		select {
+		case <-ready:
+			return s.Ledger.Dues(ctx, dueLimit, s.Handle)
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	g.Go(func() error {
 		return s.Ledger.WatchIncidents(ctx, func(i credential.Incident) {
 			if err := s.Expand(ctx, i); err != nil && ctx.Err() == nil {
@@ -90,39 +107,36 @@ func (s *Scheduler) Run(ctx context.Context) error {
 			}
 		}, nil)
 	})
-	kick := make(chan struct{}, 1)
 	g.Go(func() error {
-		was := false
-		return s.Ledger.WatchControl(ctx, func(c credential.Control) {
-			if was && !c.Paused { // what became due meanwhile rang in vain
-				select {
-				case kick <- struct{}{}:
-				default:
-				}
-			}
-			was = c.Paused
-		}, nil)
-	})
-	g.Go(func() error {
-		ticker := time.NewTicker(s.Sweep)
-		defer ticker.Stop()
-		for {
-			if err := s.SweepOnce(ctx); err != nil && ctx.Err() == nil {
-				s.Logger.Error("sweep", "error", err)
-			}
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-ticker.C:
-			case <-kick:
-			}
+		select {
+		case <-ready:
+			s.sweeps(ctx, kick)
+		case <-ctx.Done():
 		}
+		return nil
 	})
 	err := g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}
 	return err
+}
+
+// sweeps sweeps at once, then at each interval and whenever it is kicked, until ctx ends.
+func (s *Scheduler) sweeps(ctx context.Context, kick <-chan struct{}) {
+	ticker := time.NewTicker(s.Sweep)
+	defer ticker.Stop()
+	for {
+		if err := s.SweepOnce(ctx); err != nil && ctx.Err() == nil {
+			s.Logger.Error("sweep", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		case <-kick:
+		}
+	}
 }
 
 // dueLimit is how many due records one scheduler looks at at once: enough to fill the ledger's group commits.
@@ -159,7 +173,7 @@ func (s *Scheduler) Handle(ctx context.Context, id credential.ID) error {
 			continue
 		}
 		if r.Phase != credential.Idle {
-			if s.Paused() && !r.Urgent() {
+			if s.paused.Load() && !r.Urgent() {
 				return nil // the end of the pause sweeps
 			}
 			return s.ring(ctx, r)
@@ -204,7 +218,7 @@ func (s *Scheduler) decide(r credential.Record, now time.Time) credential.Input 
 			return tick
 		}
 		return credential.Request{Verb: credential.Arm, Actor: s.Name, At: at}
-	case now.Before(r.NextRotation) || s.Paused():
+	case now.Before(r.NextRotation) || s.paused.Load():
 		return tick
 	}
 	if at := Catchup(r, now, s.LateAfter, s.LateWindow); at.After(now) {

@@ -82,7 +82,7 @@ func (e *engine) run(ctx context.Context) (err error) {
 		}
 	}
 	if e.roles.scheduler {
-		s := scheduler.New(scheduler.Config{Ledger: e.ledger, Name: "scheduler " + processName(), Paused: guard.Paused, Logger: e.log})
+		s := scheduler.New(scheduler.Config{Ledger: e.ledger, Name: "scheduler " + processName(), Logger: e.log})
 		g.Go(func() error { return s.Run(gctx) })
 	}
 	if e.roles.worker {

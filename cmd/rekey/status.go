@@ -132,6 +132,10 @@ func (a *app) showCredential(w io.Writer, v api.Credential) error {
 	if v.AgeSeconds > 0 {
 		age = span(seconds(v.AgeSeconds))
 	}
+	every := v.Every
+	if every == "0s" {
+		every = "on request only"
+	}
 	pairs := [][2]string{
 		{"credential", v.ID},
 		{"state", state},
@@ -147,7 +151,7 @@ func (a *app) showCredential(w io.Writer, v api.Credential) error {
 		{"old", shownVersion(v.Old)},
 		{"candidate", shownVersion(v.Candidate)},
 		{"age", age},
-		{"every", strings.Replace(v.Every, "0s", "on request only", 1)},
+		{"every", every},
 		{"last rotation", instant(v.LastRotation, now)},
 		{"next rotation", instant(v.NextRotation, now)},
 		{"overlap until", overlap},
