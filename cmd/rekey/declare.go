@@ -34,7 +34,7 @@ An existing file is left alone unless --force is given.`,
 		if *force {
 			flags = os.O_WRONLY | os.O_CREATE | os.O_TRUNC
 		}
-		f, err := os.OpenFile(path, flags, 0o644)
+		f, err := os.OpenFile(path, flags, 0o600)
 		if errors.Is(err, fs.ErrExist) {
 			return fmt.Errorf("%s exists already: use --force to replace it, or name another file", path)
 		}

@@ -731,7 +731,6 @@ func TestEveryPairOfPhaseAndResult(t *testing.T) {
 			}
 			d.r.Parked, d.r.Paused, d.r.RetryAt, d.r.Claim = nil, false, time.Time{}, nil
 			d.r.Attempt, d.r.Bounced = 0, 0
-			d.t = t
 			d.r.Claim = &Claim{Worker: "w", Phase: p, At: d.now, Until: d.now.Add(time.Minute)}
 			if d.r.Emergency != nil && !p.killing() {
 				d.r.Emergency = nil

@@ -214,9 +214,7 @@ func (j *judge) logins(verdicts map[string]rotators.Verdict) {
 
 // chain: entries are gapless, unedited, and each begins where the one before ended, so that every effect was intended first.
 func (j *judge) chain(es []Entry) {
-	for _, v := range VerifyChain(es, &j.r) {
-		j.found = append(j.found, v)
-	}
+	j.found = append(j.found, VerifyChain(es, &j.r)...)
 }
 
 // VerifyChain checks one credential's entries, in order of Rev: hashes, gaps, continuity, and, with a record, that the last
