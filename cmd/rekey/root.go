@@ -20,7 +20,7 @@ const exitCodesHelp = `Every command ends with one of these codes:
   4  not found
   5  not authorised: no token, an unknown one, or one without the scope
   6  the server did not answer
-  7  --wait: it failed, is parked, or took too long; the request itself was accepted
+  7  --wait: failed, parked, interrupted or too long; the request was accepted
   8  audit verify found violations
 
 With several ids the code is that of the first failure; the others are done all the same.`
@@ -72,7 +72,45 @@ Begin with ` + "`rekey init`" + `, ` + "`rekey server`" + ` and ` + "`rekey appl
 	root.SetHelpCommandGroupID("Other:")
 	root.SetCompletionCommandGroupID("Other:")
 	root.AddCommand(&cobra.Command{Use: "exit-codes", Short: "The exit codes", Long: exitCodesHelp})
+	wrapHelp(root)
 	return root
+}
+
+// wrapHelp breaks the paragraphs of every command's help at 80 columns. Lines that are indented stay as they are.
+func wrapHelp(c *cobra.Command) {
+	c.Long = wrapped(c.Long, 80)
+	for _, sub := range c.Commands() {
+		wrapHelp(sub)
+	}
+}
+
+func wrapped(text string, width int) string {
+	var b strings.Builder
+	column := 0
+	for line := range strings.SplitSeq(text, "\n") {
+		if line == "" || strings.HasPrefix(line, " ") {
+			if column > 0 {
+				b.WriteByte('\n')
+			}
+			b.WriteString(line + "\n")
+			column = 0
+			continue
+		}
+		for word := range strings.FieldsSeq(line) {
+			switch {
+			case column == 0:
+			case column+1+len(word) > width:
+				b.WriteByte('\n')
+				column = 0
+			default:
+				b.WriteByte(' ')
+				column++
+			}
+			b.WriteString(word)
+			column += len(word)
+		}
+	}
+	return strings.TrimRight(b.String(), "\n")
 }
 
 // run is the program: it returns the exit code.

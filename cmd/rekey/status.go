@@ -61,6 +61,9 @@ func newStatusCommand(a *app) *cobra.Command {
 		if err != nil {
 			return err
 		}
+		if c, err := client.Control(cmd.Context()); err == nil && c.Paused {
+			fmt.Fprintf(a.stderr, "the whole fleet was paused by %s %s%s: rekey resume --all\n", c.Actor, until(c.At, a.now()), because(c.Reason))
+		}
 		return a.print(list, func(w io.Writer) error { return a.showList(w, list, f) })
 	}
 	return c
@@ -101,6 +104,13 @@ func (a *app) showList(w io.Writer, list []api.Credential, f api.Filter) error {
 		}
 	}
 	return nil
+}
+
+func because(reason string) string {
+	if reason == "" {
+		return ""
+	}
+	return " (" + reason + ")"
 }
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }

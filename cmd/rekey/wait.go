@@ -60,7 +60,7 @@ func look[T any](ctx context.Context, p *progress, timeout time.Duration, goesOn
 		case ctx.Err() != nil:
 			return none, &exit{exitWait, fmt.Errorf("stopped watching; %s", goesOn)}
 		case limit.Err() != nil:
-			return none, &exit{exitWait, fmt.Errorf("not within %s; %s", timeout, goesOn)}
+			return none, &exit{exitWait, fmt.Errorf("not within %s; %s", timeout.Round(time.Millisecond), goesOn)}
 		case errors.Is(err, api.ErrUnreachable):
 			if silentSince.IsZero() {
 				silentSince = p.a.now()
@@ -100,7 +100,7 @@ func (a *app) waitRotated(ctx context.Context, client *api.Client, asked []api.C
 	for _, was := range asked {
 		left := timeout
 		if timeout > 0 {
-			left = max(time.Second, timeout-a.now().Sub(began))
+			left = max(time.Millisecond, timeout-a.now().Sub(began))
 		}
 		id := credential.ID(was.ID)
 		v, err := look(ctx, a.progress(), left, was.ID+" goes on rotating: see `rekey status "+was.ID+"`",
