@@ -262,7 +262,7 @@ func (p *Postgres) create() error {
 		method = "trust"
 	}
 	initdb := exec.Command(filepath.Join(p.bin, "initdb"), "-D", p.data(), "-U", p.User, "--pwfile", pw,
-		"-A", method, "-E", "UTF8", "--locale", "C", "--no-sync", "--no-instructions")
+		"-A", method, "-E", "UTF8", "--locale", "C", "--no-sync")
 	initdb.Dir, initdb.SysProcAttr = p.dir, attributes(p.uid, p.gid)
 	initdb.SysProcAttr.Setpgid = false
 	if out, err := initdb.CombinedOutput(); err != nil {
