@@ -52,13 +52,20 @@ type Duration time.Duration
 // D is d as a time.Duration.
 func (d Duration) D() time.Duration { return time.Duration(d) }
 
-// String writes whole days as days and otherwise what time.Duration writes.
+// String writes whole days as days and otherwise what time.Duration writes, without trailing zeros: 1h, not 1h0m0s.
 func (d Duration) String() string {
 	const day = 24 * time.Hour
 	if t := time.Duration(d); t != 0 && t%day == 0 {
 		return fmt.Sprintf("%dd", t/day)
 	}
-	return time.Duration(d).String()
+	s := time.Duration(d).String()
+	if m, ok := strings.CutSuffix(s, "m0s"); ok { // 1h30m0s
+		s = m + "m"
+	}
+	if h, ok := strings.CutSuffix(s, "h0m"); ok {
+		s = h + "h"
+	}
+	return s
 }
 
 // MarshalText is String.
@@ -79,7 +86,7 @@ func (d *Duration) UnmarshalText(b []byte) error {
 		}
 	}
 	rest, err := time.ParseDuration(s)
-	if err != nil || rest < 0 {
+	if err != nil || rest < 0 || whole+rest < whole {
 		return fmt.Errorf("duration %q: want a number with a unit, such as 90s, 12h or 30d", clip(string(b)))
 	}
 	*d = Duration(whole + rest)
