@@ -12,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/rekeyhq/rekey/events"
 	"github.com/rekeyhq/rekey/internal/credential"
 	"github.com/rekeyhq/rekey/internal/ledger"
 	"github.com/rekeyhq/rekey/internal/ledger/ledgertest"
@@ -136,6 +137,15 @@ func TestServerKilled(t *testing.T) {
 		}, func() { close(ready) })
 	})
 	<-ready
+	followed := map[string]int{}
+	wg.Go(func() {
+		_ = l.Events(ctx, ledger.Query{Follow: true}, func(e events.Event) error {
+			mu.Lock()
+			defer mu.Unlock()
+			followed[e.ID]++
+			return nil
+		})
+	})
 
 	acked := map[credential.ID]uint64{}
 	working, stop := context.WithCancel(ctx)
@@ -187,8 +197,10 @@ func TestServerKilled(t *testing.T) {
 	writers.Wait()
 
 	final := map[credential.ID]uint64{}
+	published := 0
 	for _, r := range whole(t, l) {
 		final[r.ID] = r.Rev
+		published += int(r.Rev) - 1 // the first commit announces nothing
 	}
 	for id, rev := range acked {
 		if final[id] < rev {
@@ -206,7 +218,7 @@ func TestServerKilled(t *testing.T) {
 	}
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		mu.Lock()
-		same := len(seen) == len(final)
+		same := len(seen) == len(final) && len(followed) >= published
 		for id, rev := range final {
 			same = same && seen[id] == rev
 		}
@@ -220,6 +232,14 @@ func TestServerKilled(t *testing.T) {
 	}
 	cancel()
 	wg.Wait()
+	for id, times := range followed {
+		if times != 1 {
+			t.Errorf("event %s was followed to %d times", id, times)
+		}
+	}
+	if len(followed) != published {
+		t.Errorf("followed to %d events, %d were published", len(followed), published)
+	}
 }
 
 // Losing the leader of a replicated ledger loses nothing.
