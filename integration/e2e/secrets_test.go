@@ -1,0 +1,149 @@
+//go:build linux
+
+package e2e
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// forms are the ways in which a secret may leak. Passwords hold only letters that URLs and JSON leave as they are.
+func forms(secret string) map[string][]byte {
+	f := map[string][]byte{
+		"raw": []byte(secret),
+		"hex": []byte(hex.EncodeToString([]byte(secret))),
+		"HEX": []byte(strings.ToUpper(hex.EncodeToString([]byte(secret)))),
+	}
+	// In base64 it may begin at any of three places inside a group; the letters that its neighbours share are left out.
+	for shift := range 3 {
+		padded := append(make([]byte, shift), secret...)
+		padded = padded[:len(padded)/3*3]
+		from := (shift*8 + 5) / 6
+		f[fmt.Sprintf("base64 at %d", shift)] = []byte(base64.StdEncoding.EncodeToString(padded)[from:])
+		f[fmt.Sprintf("base64url at %d", shift)] = []byte(base64.URLEncoding.EncodeToString(padded)[from:])
+	}
+	return f
+}
+
+// finds lists the secrets, by number and form, that text holds.
+func finds(text []byte, secrets []string) []string {
+	var found []string
+	for i, s := range secrets {
+		for form, b := range forms(s) {
+			if bytes.Contains(text, b) {
+				found = append(found, fmt.Sprintf("secret %d (%s)", i, form))
+			}
+		}
+	}
+	return found
+}
+
+// evidence is everything that the outside can read of a running site, by where it is from.
+func (s *site) evidence(config string, processes ...*process) map[string][]byte {
+	s.t.Helper()
+	all := map[string][]byte{}
+	file := func(path string) {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			s.t.Errorf("%v", err)
+		}
+		all[path] = b
+	}
+	tree := func(dir string) {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if os.IsNotExist(err) { // a running server tidies up
+				return nil
+			}
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			if err != nil && !os.IsNotExist(err) {
+				return err
+			}
+			all[path] = b
+			return nil
+		})
+		if err != nil {
+			s.t.Error(err)
+		}
+	}
+	for _, p := range processes {
+		file(p.log)
+		if p.running() {
+			file(fmt.Sprintf("/proc/%d/environ", p.pid()))
+			file(fmt.Sprintf("/proc/%d/cmdline", p.pid()))
+		}
+	}
+	tree(s.dataDir(config))
+	if s.nats != nil {
+		tree(s.nats.DataDir(0))
+		log, err := s.nats.Log(0)
+		if err != nil {
+			s.t.Error(err)
+		}
+		all["log of NATS"] = []byte(log)
+	}
+	for _, args := range [][]string{
+		{"status"}, {"status", "-o", "json"}, {"targets", "-o", "json"}, {"events", "--since", "all", "-o", "json"}, {"audit", "list", "--since", "all", "-o", "json"},
+		{"audit", "verify", "-o", "json"}, {"plan", "-o", "json"}, {"get", string(s.pairs[0].id), "-o", "json"}, {"status", string(s.pairs[0].id), "-o", "json"},
+	} {
+		all["rekey "+strings.Join(args, " ")] = []byte(s.must(config, args...))
+	}
+	all["what commands said"] = []byte(s.said.String())
+	all["log of PostgreSQL"] = s.serverLog()
+	return all
+}
+
+// serverLog is what PostgreSQL logged of this site's roles: every statement.
+func (s *site) serverLog() []byte {
+	log, err := s.pg.Log()
+	if err != nil {
+		s.t.Error(err)
+	}
+	return []byte(log)
+}
+
+// searchForSecrets fails the test if one of the secrets, or the admin's password, is anywhere but in the store.
+func (s *site) searchForSecrets(config string, secrets []string, least int, processes ...*process) {
+	s.t.Helper()
+	if len(secrets) < least {
+		s.t.Errorf("only %d secrets were seen in the store; %d are wanted", len(secrets), least)
+	}
+	secrets = append(secrets, s.admin)
+	size := 0
+	places := s.evidence(config, processes...)
+	for where, text := range places {
+		size += len(text)
+		for _, f := range finds(text, secrets) {
+			s.t.Errorf("%s holds %s", where, f)
+		}
+	}
+	s.t.Logf("searched %d places, %d KiB, for %d secrets", len(places), size>>10, len(secrets))
+}
+
+func TestFormsOfASecretAreFound(t *testing.T) {
+	t.Parallel()
+	const secret = "Ab-c_defghijKLMNOPQRSTUVWXYZ0123456789_-"
+	for shift := range 3 {
+		text := base64.StdEncoding.EncodeToString([]byte(strings.Repeat("x", shift) + secret + "tail"))
+		if len(finds([]byte("before "+text+" after"), []string{"other-secret-0123456789", secret})) == 0 {
+			t.Errorf("not found in %s", text)
+		}
+	}
+	for _, text := range []string{secret, "x" + secret + "y", fmt.Sprintf("%x", secret), fmt.Sprintf("%X", secret), base64.RawURLEncoding.EncodeToString([]byte(secret))} {
+		if len(finds([]byte(text), []string{secret})) == 0 {
+			t.Errorf("not found in %s", text)
+		}
+	}
+	if f := finds([]byte(secret[1:]), []string{secret}); len(f) > 0 {
+		t.Errorf("found in something else: %v", f)
+	}
+}
