@@ -93,7 +93,7 @@ func (r *Rotator) Check(ctx context.Context) ([]rotators.Finding, error) {
 // reaches those that the admin made itself or holds with ADMIN OPTION.
 func (r *Rotator) privileges(ctx context.Context, conn *pgx.Conn, slots []slot, owner slot) ([]rotators.Finding, error) {
 	var super, createRole, signals bool
-	if err := conn.QueryRow(ctx, `SELECT rolsuper, rolcreaterole, pg_has_role(oid, 'pg_signal_backend', 'USAGE')
+	if err := r.ask(ctx, conn, `SELECT rolsuper, rolcreaterole, pg_has_role(oid, 'pg_signal_backend', 'USAGE')
 FROM pg_roles WHERE rolname = current_user`).Scan(&super, &createRole, &signals); err != nil {
 		return nil, err
 	}
@@ -119,7 +119,7 @@ FROM pg_roles WHERE rolname = current_user`).Scan(&super, &createRole, &signals)
 			continue
 		}
 		var reaches bool
-		if err := conn.QueryRow(ctx, "SELECT pg_has_role(current_user, $1::name, 'MEMBER WITH ADMIN OPTION')", s.role).Scan(&reaches); err != nil {
+		if err := r.ask(ctx, conn, "SELECT pg_has_role(current_user, $1::name, 'MEMBER WITH ADMIN OPTION')", s.role).Scan(&reaches); err != nil {
 			return nil, err
 		}
 		if !reaches {
@@ -127,6 +127,12 @@ FROM pg_roles WHERE rolname = current_user`).Scan(&super, &createRole, &signals)
 		}
 	}
 	return found, nil
+}
+
+// ask records and sends a query of one row.
+func (r *Rotator) ask(ctx context.Context, conn *pgx.Conn, sql string, args ...any) pgx.Row {
+	r.note(ctx, rotators.Op{Credential: r.id}, sql)
+	return conn.QueryRow(ctx, sql, args...)
 }
 
 // remedy is what to run after a change was refused for lack of a privilege.
@@ -157,7 +163,7 @@ func (r *Rotator) remedy(ctx context.Context, conn *pgx.Conn) string {
 func (r *Rotator) surroundings(ctx context.Context, conn *pgx.Conn) ([]rotators.Finding, error) {
 	var found []rotators.Finding
 	var exists bool
-	if err := conn.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", r.database()).Scan(&exists); err != nil {
+	if err := r.ask(ctx, conn, "SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", r.database()).Scan(&exists); err != nil {
 		return nil, err
 	}
 	if !exists {
@@ -174,8 +180,10 @@ func (r *Rotator) surroundings(ctx context.Context, conn *pgx.Conn) ([]rotators.
 	if r.spec.Owner == "" {
 		return found, nil
 	}
-	rows, err := conn.Query(ctx, `SELECT r.rolname, count(*) FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid
-WHERE d.refclassid = 'pg_authid'::regclass AND d.deptype = 'o' AND r.rolname = ANY ($1) GROUP BY 1 ORDER BY 1`, r.spec.Roles)
+	const owned = `SELECT r.rolname, count(*) FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid
+WHERE d.refclassid = 'pg_authid'::regclass AND d.deptype = 'o' AND r.rolname = ANY ($1) GROUP BY 1 ORDER BY 1`
+	r.note(ctx, rotators.Op{Credential: r.id}, owned)
+	rows, err := conn.Query(ctx, owned, r.spec.Roles)
 	if err != nil {
 		return nil, err
 	}
@@ -199,6 +207,7 @@ WHERE d.refclassid = 'pg_authid'::regclass AND d.deptype = 'o' AND r.rolname = A
 func (r *Rotator) refusesStrangers(ctx context.Context, h host) ([]rotators.Finding, error) {
 	var found []rotators.Finding
 	for _, role := range r.spec.Roles {
+		r.note(ctx, rotators.Op{Credential: r.id}, fmt.Sprintf("log in to %s as %s with a random password", h, ident(role)))
 		conn, err := r.dial(ctx, h, role, rand.Text(), r.database(), scramOnly)
 		shut(conn)
 		pg := new(pgconn.PgError)

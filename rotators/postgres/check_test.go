@@ -176,13 +176,14 @@ func TestEveryStatementIsRecorded(t *testing.T) {
 	recorded, seen := b.recorded.all(), 0
 	for line := range strings.Lines(log) {
 		_, sql, ok := strings.Cut(line, b.cfg.Target.Admin.Username+"@postgres LOG:  statement: ")
-		if !ok || strings.HasPrefix(sql, "SELECT coalesce((SELECT rolcanlogin") {
-			continue // a read between two looks for sessions
+		if !ok {
+			continue
 		}
 		seen++
 		for stmt := range strings.SplitSeq(strings.TrimSpace(sql), "; ") {
 			stmt, _, _ = strings.Cut(stmt, "'SCRAM-SHA-256$")
 			stmt, _, _ = strings.Cut(stmt, "ANY (")
+			stmt, _, _ = strings.Cut(stmt, "rolname = ") // arguments are recorded as $1
 			if !strings.Contains(recorded, stmt) {
 				t.Errorf("not recorded: %s", stmt)
 			}

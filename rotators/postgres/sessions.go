@@ -42,15 +42,17 @@ func (r *Rotator) endSessions(ctx context.Context, step string, op rotators.Op, 
 
 func (r *Rotator) endSessionsOn(ctx context.Context, conn *pgx.Conn, op rotators.Op, role string, dead bool) error {
 	terminate := "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = " + literal(role) + " AND pid <> pg_backend_pid()"
+	const canLogin = "SELECT coalesce((SELECT rolcanlogin FROM pg_roles WHERE rolname = $1), false)"
 	tick := time.NewTicker(scanEvery)
 	defer tick.Stop()
 	for empty, attempt := 0, 0; ; attempt++ {
-		login := false
-		if err := conn.QueryRow(ctx, "SELECT coalesce((SELECT rolcanlogin FROM pg_roles WHERE rolname = $1), false)", role).Scan(&login); err != nil {
-			return err
-		}
-		if attempt == 0 {
+		if attempt == 0 { // the same two again and again
+			r.note(ctx, op, canLogin)
 			r.note(ctx, op, terminate)
+		}
+		login := false
+		if err := conn.QueryRow(ctx, canLogin, role).Scan(&login); err != nil {
+			return err
 		}
 		tag, err := conn.Exec(ctx, terminate)
 		if err != nil {

@@ -176,7 +176,56 @@ func (f plainErrors) Disable(ctx context.Context, op rotators.Op, id rotators.Ve
 	return nil
 }
 
-// TestSuiteFindsTheBroken is the suite's own test: each broken rotator fails the named check.
+// impatient has a trait that cannot be.
+type impatient struct{ *rotatortest.FakeSlots }
+
+func (f impatient) Traits() rotators.Traits {
+	t := f.FakeSlots.Traits()
+	t.Settle = -1
+	return t
+}
+
+// lazy says that it applied.
+type lazy struct{ *rotatortest.FakeSlots }
+
+func (lazy) Apply(_ context.Context, _ rotators.Op, m rotators.Material) (rotators.Version, error) {
+	return rotators.Version{ID: rotators.VersionID(m.Reveal(rotators.FieldUsername))}, nil
+}
+
+// jealous applies an op once only.
+type jealous struct{ *rotatortest.FakeSlots }
+
+func (f jealous) Apply(ctx context.Context, op rotators.Op, m rotators.Material) (rotators.Version, error) {
+	for _, i := range f.Census() {
+		if i.OpID == op.ID {
+			return rotators.Version{}, rotators.Faultf(rotators.Conflict, "apply", "done before")
+		}
+	}
+	return f.FakeSlots.Apply(ctx, op, m)
+}
+
+// stuck answers every mint with the first one.
+type stuck struct {
+	*rotatortest.FakeMinted
+	first *rotators.Version
+}
+
+func (f stuck) Apply(ctx context.Context, op rotators.Op, m rotators.Material) (rotators.Version, error) {
+	v, err := f.FakeMinted.Apply(ctx, op, m)
+	if err == nil && f.first.ID == "" {
+		*f.first = v
+	}
+	return *f.first, err
+}
+
+// alarmist always has something to complain about.
+type alarmist struct{ *rotatortest.FakeSlots }
+
+func (alarmist) Check(context.Context) ([]rotators.Finding, error) {
+	return []rotators.Finding{{Message: "woe", Fatal: true}}, nil
+}
+
+// TestSuiteFindsTheBroken is the suite's own test: each broken rotator fails the named check, and each check is failed by one.
 func TestSuiteFindsTheBroken(t *testing.T) {
 	two := rotatortest.SlotsConfig{}
 	onSlots := func(cfg rotatortest.SlotsConfig, wrap func(*rotatortest.FakeSlots) rotators.Rotator) rotatortest.Harness {
@@ -197,6 +246,7 @@ func TestSuiteFindsTheBroken(t *testing.T) {
 			return s
 		}}
 	}
+	everFailed := map[string]bool{}
 	for _, broken := range []struct {
 		name, check string
 		harness     rotatortest.Harness
@@ -221,10 +271,22 @@ func TestSuiteFindsTheBroken(t *testing.T) {
 		{"says nil about a foreign version", "a foreign version is left alone", onSlots(two, func(f *rotatortest.FakeSlots) rotators.Rotator { return tidy{f} })},
 		{"returns errors without class", "an unreachable issuer is unknown", onSlots(two, func(f *rotatortest.FakeSlots) rotators.Rotator { return plainErrors{f} })},
 		{"promises too many", "MaxLive versions work at once", onMinted(rotatortest.MintedConfig{}, func(f *rotatortest.FakeMinted) rotators.Rotator { return greedy{f} })},
+		{"has an impossible trait", "traits are possible", onSlots(two, func(f *rotatortest.FakeSlots) rotators.Rotator { return impatient{f} })},
+		{"does nothing", "an applied version can log in", onSlots(two, func(f *rotatortest.FakeSlots) rotators.Rotator { return lazy{f} })},
+		{"cannot repeat", "apply repeats", onSlots(two, func(f *rotatortest.FakeSlots) rotators.Rotator { return jealous{f} })},
+		{"keeps sessions of a replaced secret", "one slot replaces at once", onSlots(rotatortest.SlotsConfig{Slots: []rotators.VersionID{"only"}, KeepsSessions: true},
+			func(f *rotatortest.FakeSlots) rotators.Rotator { return lingering{f} })},
+		{"finds what is not there", "check finds nothing fatal", onSlots(two, func(f *rotatortest.FakeSlots) rotators.Rotator { return alarmist{f} })},
+		{"mints the same twice", "two mints differ", onMinted(rotatortest.MintedConfig{}, func(f *rotatortest.FakeMinted) rotators.Rotator {
+			return stuck{f, new(rotators.Version)}
+		})},
 		{"mints twice for one op", "a mint does not repeat", onMinted(rotatortest.MintedConfig{Tagged: true}, func(f *rotatortest.FakeMinted) rotators.Rotator { return doubling{f} })},
 	} {
 		t.Run(broken.name, func(t *testing.T) {
 			failed := rotatortest.Failures(t, broken.harness)
+			for name := range failed {
+				everFailed[name] = true
+			}
 			if failed[broken.check] == nil {
 				names := []string{}
 				for name := range failed {
@@ -235,5 +297,10 @@ func TestSuiteFindsTheBroken(t *testing.T) {
 			}
 			t.Logf("killed: %v", failed[broken.check])
 		})
+	}
+	for _, c := range rotatortest.Checks() {
+		if !everFailed[c.Name] {
+			t.Errorf("no broken rotator fails %q, so nobody knows whether it can fail", c.Name)
+		}
 	}
 }
