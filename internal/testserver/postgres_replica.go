@@ -54,7 +54,7 @@ func (r *Postgres) follow(p *Postgres) error {
 			return err
 		}
 		if d.IsDir() {
-			err = os.Chmod(path, 0o700)
+			err = os.Chmod(path, 0o700) //nolint:gosec // a folder, and the server insists on this
 		}
 		if r.uid >= 0 {
 			err = errors.Join(err, os.Chown(path, r.uid, r.gid))

@@ -2,6 +2,7 @@ package testserver
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"strconv"
@@ -176,7 +177,7 @@ func (p *Proxy) relay(client net.Conn) {
 				return
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			_ = server.(*net.TCPConn).CloseWrite()
 			<-ended
 			return

@@ -1,3 +1,5 @@
+// Package testserver starts and stops the real servers that tests and the demo need, each on private loopback ports with its data in
+// a temporary folder.
 package testserver
 
 import (
