@@ -19,10 +19,12 @@ type Proxy struct {
 	target   string
 	wg       sync.WaitGroup
 
-	mu    sync.Mutex
-	down  bool
-	plan  *loss
-	conns map[net.Conn]bool
+	mu     sync.Mutex
+	down   bool
+	plan   *loss
+	watch  func(client net.Addr, request []byte) <-chan struct{}
+	conns  map[net.Conn]bool
+	closed chan struct{}
 }
 
 // loss is what to do with the next request that holds the text.
@@ -40,7 +42,7 @@ func NewProxy(host string, port int) (*Proxy, error) {
 	}
 	p := &Proxy{
 		Host: "127.0.0.1", Port: l.Addr().(*net.TCPAddr).Port, listener: l,
-		target: net.JoinHostPort(host, strconv.Itoa(port)), conns: map[net.Conn]bool{},
+		target: net.JoinHostPort(host, strconv.Itoa(port)), conns: map[net.Conn]bool{}, closed: make(chan struct{}),
 	}
 	p.wg.Go(p.accept)
 	return p, nil
@@ -78,6 +80,30 @@ func (p *Proxy) set(l *loss) {
 	p.plan = l
 }
 
+// Watch calls fn with everything that a client sends, before it is forwarded. If fn returns a channel, that and what comes behind it on
+// the connection waits until the channel is closed. fn is called from several goroutines; nil ends the watching.
+func (p *Proxy) Watch(fn func(client net.Addr, request []byte) (hold <-chan struct{})) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.watch = fn
+}
+
+// hold asks the watcher, and waits as long as that wants.
+func (p *Proxy) hold(client net.Addr, request []byte) {
+	p.mu.Lock()
+	watch := p.watch
+	p.mu.Unlock()
+	if watch == nil || len(request) == 0 {
+		return
+	}
+	if wait := watch(client, request); wait != nil {
+		select {
+		case <-wait:
+		case <-p.closed:
+		}
+	}
+}
+
 // Pending reports whether the planned loss has not happened yet.
 func (p *Proxy) Pending() bool {
 	p.mu.Lock()
@@ -85,9 +111,10 @@ func (p *Proxy) Pending() bool {
 	return p.plan != nil
 }
 
-// Close ends everything.
+// Close ends everything. It may be called once.
 func (p *Proxy) Close() {
 	_ = p.listener.Close()
+	close(p.closed)
 	p.Cut()
 	p.wg.Wait()
 }
@@ -163,6 +190,7 @@ func (p *Proxy) relay(client net.Conn) {
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := client.Read(buf)
+		p.hold(client.RemoteAddr(), buf[:n])
 		if l := p.match(buf[:n]); l != nil {
 			if !l.reply {
 				return

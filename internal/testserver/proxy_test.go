@@ -87,3 +87,55 @@ func TestProxyLosesWhatItIsToldTo(t *testing.T) {
 		t.Fatalf("the server heard %q", got)
 	}
 }
+
+func TestProxyHoldsWhatItIsToldTo(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &echo{Listener: l}
+	go e.serve()
+	defer l.Close()
+	p, err := testserver.NewProxy("127.0.0.1", l.Addr().(*net.TCPAddr).Port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	c, err := net.Dial("tcp", net.JoinHostPort(p.Host, strconv.Itoa(p.Port)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	in := bufio.NewReader(c)
+	release, caught := make(chan struct{}), make(chan net.Addr, 1)
+	p.Watch(func(client net.Addr, request []byte) <-chan struct{} {
+		if !strings.Contains(string(request), "hold me") {
+			return nil
+		}
+		caught <- client
+		return release
+	})
+	say := func(line string) {
+		t.Helper()
+		if _, err := io.WriteString(c, line+"\n"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	say("one")
+	if got, err := in.ReadString('\n'); got != "one\n" || err != nil {
+		t.Fatalf("relayed %q, %v", got, err)
+	}
+	say("hold me")
+	if from := <-caught; from.String() != c.LocalAddr().String() {
+		t.Errorf("caught %s, sent by %s", from, c.LocalAddr())
+	}
+	e.mu.Lock()
+	if n := len(e.heard); n != 1 {
+		t.Errorf("the server heard %q", e.heard)
+	}
+	e.mu.Unlock()
+	close(release)
+	if got, err := in.ReadString('\n'); got != "hold me\n" || err != nil {
+		t.Fatalf("after the release %q, %v", got, err)
+	}
+}
