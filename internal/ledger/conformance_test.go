@@ -14,6 +14,7 @@ import (
 )
 
 func TestEmbeddedConformance(t *testing.T) {
+	t.Parallel() // it mostly waits
 	ledgertest.Run(t, func(t *testing.T) ledgertest.Subject {
 		e := startEmbedded(t, t.TempDir())
 		nc := connect(t, e)

@@ -90,6 +90,7 @@ func commitForever(dir string) error {
 // kill -9 in the middle of everything, again and again: what was acknowledged is there with its event, audit entry and
 // schedule; what was not is there whole or not at all.
 func TestKillNine(t *testing.T) {
+	t.Parallel() // it mostly waits
 	dir := t.TempDir()
 	acked := map[credential.ID]uint64{}
 	incarnation := ""

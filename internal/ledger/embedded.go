@@ -257,7 +257,7 @@ func probe(dir string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }()
 	_, err = f.Write(make([]byte, 256<<10))
 	return errors.Join(err, f.Sync(), f.Close())
 }

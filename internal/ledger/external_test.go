@@ -59,6 +59,7 @@ func wipe(t *testing.T, nc *nats.Conn) {
 }
 
 func TestExternalConformance(t *testing.T) {
+	t.Parallel() // it mostly waits
 	for name, nodes := range map[string]int{"one": 1, "cluster": 3} {
 		t.Run(name, func(t *testing.T) {
 			if nodes > 1 && testing.Short() {
@@ -244,6 +245,7 @@ func TestServerKilled(t *testing.T) {
 
 // Losing the leader of a replicated ledger loses nothing.
 func TestClusterLeaderKilled(t *testing.T) {
+	t.Parallel() // it mostly waits
 	if testing.Short() {
 		t.Skip("the cluster takes a while")
 	}

@@ -80,7 +80,7 @@ func StartNATS(cfg NATSConfig) (*NATS, error) {
 		if !strings.Contains(err.Error(), "address already in use") {
 			break
 		}
-		n.haltAll()
+		_ = n.haltAll()
 	}
 	return nil, errors.Join(err, n.Stop())
 }
@@ -356,7 +356,7 @@ var findNATS = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	bin := filepath.Join(dir, "nats-server-"+strings.TrimSpace(string(out)))
-	lock, err := os.OpenFile(bin+".lock", os.O_CREATE|os.O_RDWR, 0o644)
+	lock, err := os.OpenFile(bin+".lock", os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return "", err
 	}

@@ -330,8 +330,8 @@ func testCleanStop(t *testing.T, s Subject) {
 	}
 	cancel()
 	select {
-	case <-ended.ch:
-		t.Fatal("Work returned while a call was under way")
+	case err := <-ended.ch:
+		t.Fatalf("Work returned while a call was under way: %v", err)
 	case <-time.After(50 * time.Millisecond):
 	}
 	close(finish)
