@@ -215,3 +215,19 @@ func actors(entries []credential.Entry) []string {
 	}
 	return slices.Sorted(maps.Keys(seen))
 }
+
+// standstill is the longest time in which nothing was committed for a credential although it was neither idle nor in its overlap.
+func standstill(entries []credential.Entry) (longest time.Duration, what string) {
+	last := map[credential.ID]credential.Entry{}
+	for _, e := range entries {
+		was, ok := last[e.Credential]
+		last[e.Credential] = e
+		if !ok || was.To == credential.Idle || was.To == credential.Draining || was.To == credential.Suspended {
+			continue
+		}
+		if d := e.At.Sub(was.At); d > longest {
+			longest, what = d, fmt.Sprintf("%s between %q and %q", e.Credential, was.Action, e.Action)
+		}
+	}
+	return longest, what
+}

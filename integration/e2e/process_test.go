@@ -55,12 +55,15 @@ func (s *site) run(name, role, config string) *process {
 	if err := <-started; err != nil {
 		s.t.Fatal(err)
 	}
-	s.t.Cleanup(func() {
-		p.kill()
-		if s.t.Failed() {
-			s.t.Logf("the end of %s's log:\n%s", p.name, tail(p.text()))
-		}
-	})
+	s.t.Cleanup(p.kill)
+	if !s.logged[name] {
+		s.logged[name] = true
+		s.t.Cleanup(func() {
+			if s.t.Failed() {
+				s.t.Logf("the end of %s's log:\n%s", name, tail(p.text()))
+			}
+		})
+	}
 	return p
 }
 

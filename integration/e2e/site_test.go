@@ -23,8 +23,8 @@ import (
 // overlapMin is how long old and new both work in these tests.
 const overlapMin = time.Second
 
-// stepDeadline bounds a step, and with it how long a dead worker's claim holds.
-const stepDeadline = 3 * time.Second
+// stepDeadline bounds a step, and with it how long a dead worker's claim holds: a third more.
+const stepDeadline = 2 * time.Second
 
 // site is one installation: directory, database, admin, and role pairs of its own.
 type site struct {
@@ -41,6 +41,8 @@ type site struct {
 	every string
 	nats  *testserver.NATS // nil: embedded
 	said  transcript       // everything that commands printed
+	// logged are the processes whose logs a failure shows.
+	logged map[string]bool
 }
 
 // pair is one credential.
@@ -78,7 +80,7 @@ func newSiteOn(t *testing.T, pg *testserver.Postgres, n int) *site {
 	t.Helper()
 	s := &site{
 		t: t, bin: program(t), pg: pg, name: "e" + strings.ToLower(rand.Text()[:6]), admin: "adm-" + rand.Text(),
-		host: pg.Host, port: pg.Port, every: "2s",
+		host: pg.Host, port: pg.Port, every: "2s", logged: map[string]bool{},
 	}
 	var err error
 	if s.dir, err = os.MkdirTemp(shared.dir, "s"); err != nil {
