@@ -281,7 +281,9 @@ func TestOrderReachesEveryRecordAlthoughTheFirstTryDied(t *testing.T) {
 		if err := ledger.EnsureLanes(t.Context(), "db", 1); err != nil {
 			t.Fatal(err)
 		}
-		inc, _, err := ledger.CreateIncident(t.Context(), credential.Incident{ID: "i1", Mode: credential.ModeKill, Credentials: ids, Actor: "test"})
+		want := credential.Incident{ID: "i1", Mode: credential.ModeKill, Credentials: ids, Actor: "test"}
+		want.Hash = want.Sum()
+		inc, _, err := ledger.CreateIncident(t.Context(), want)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -302,6 +304,40 @@ func TestOrderReachesEveryRecordAlthoughTheFirstTryDied(t *testing.T) {
 		}
 		if stored, _, err := ledger.GetIncident(t.Context(), "i1"); err != nil || !stored.Expanded {
 			t.Errorf("expanded %v, %v", stored.Expanded, err)
+		}
+	})
+}
+
+func TestAlteredOrStaleOrderIsNotCarriedOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ledger := simledger.New(simledger.Config{})
+		b := &bench{t: t, ledger: ledger}
+		b.declare("shop/a", spec(time.Hour, 0), rotatedAt(time.Now(), time.Now().Add(time.Hour)))
+		if err := ledger.EnsureLanes(t.Context(), "db", 1); err != nil {
+			t.Fatal(err)
+		}
+		s := scheduler.New(scheduler.Config{Ledger: ledger})
+		altered := credential.Incident{ID: "i1", Mode: credential.ModeKill, Credentials: []credential.ID{"shop/b"}}
+		altered.Hash = altered.Sum()
+		altered.Credentials = []credential.ID{"shop/a"}
+		if _, _, err := ledger.CreateIncident(t.Context(), altered); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Expand(t.Context(), altered); err == nil {
+			t.Error("an altered list was carried out")
+		}
+		over := credential.Incident{ID: "i2", Mode: credential.ModeKill, Credentials: []credential.ID{"shop/a"}, Expanded: true}
+		over.Hash = over.Sum()
+		if _, _, err := ledger.CreateIncident(t.Context(), over); err != nil {
+			t.Fatal(err)
+		}
+		frozen := over
+		frozen.Expanded = false // as a scheduler saw it long ago
+		if err := s.Expand(t.Context(), frozen); err != nil {
+			t.Error(err)
+		}
+		if r := b.record("shop/a"); r.Phase != credential.Idle {
+			t.Errorf("phase %s", r.Phase)
 		}
 	})
 }

@@ -17,14 +17,11 @@ func (s *Scheduler) SweepOnce(ctx context.Context) error {
 	for _, i := range incidents {
 		errs = append(errs, s.Expand(ctx, i))
 	}
+	// A record that cannot be read is no reason to leave the others alone: List gives those that can.
 	records, err := s.Ledger.List(ctx)
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	scheduled, err := s.Ledger.Schedules(ctx)
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
+	errs = append(errs, err)
+	scheduled, schedErr := s.Ledger.Schedules(ctx)
+	errs = append(errs, schedErr)
 	now := s.Now()
 	for _, r := range records {
 		switch {
@@ -33,7 +30,7 @@ func (s *Scheduler) SweepOnce(ctx context.Context) error {
 		case r.Due.IsZero():
 		case !r.Due.After(now):
 			errs = append(errs, s.Handle(ctx, r.ID))
-		default:
+		case schedErr == nil:
 			if _, ok := scheduled[r.ID]; !ok {
 				s.Logger.Warn("schedule was missing", "credential", string(r.ID))
 				errs = append(errs, s.Ledger.Rearm(ctx, r.ID))
@@ -49,16 +46,20 @@ func (s *Scheduler) Expand(ctx context.Context, i credential.Incident) error {
 	if i.Expanded {
 		return nil
 	}
-	var errs []error
-	for _, id := range i.Credentials {
-		errs = append(errs, s.order(ctx, i, id))
-	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("expand incident %s: %w", i.ID, err)
-	}
+	// What was seen may be old: an order that was carried out already must not reach a credential that was restored since.
 	stored, seq, err := s.Ledger.GetIncident(ctx, i.ID)
 	if err != nil || stored.Expanded {
 		return err
+	}
+	if stored.Sum() != stored.Hash {
+		return fmt.Errorf("expand incident %s: its list is not the one that was approved: nothing is carried out", i.ID)
+	}
+	var errs []error
+	for _, id := range stored.Credentials {
+		errs = append(errs, s.order(ctx, stored, id))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("expand incident %s: %w", i.ID, err)
 	}
 	stored.Expanded = true
 	if _, err := s.Ledger.UpdateIncident(ctx, stored, seq); err != nil && !errors.Is(err, credential.ErrStale) {
@@ -75,8 +76,8 @@ func (s *Scheduler) order(ctx context.Context, i credential.Incident, id credent
 	}
 	for {
 		r, seq, err := s.Ledger.Get(ctx, id)
-		if errors.Is(err, credential.ErrNotFound) {
-			s.Logger.Warn("an order names a credential that does not exist", "incident", i.ID, "credential", string(id))
+		if errors.Is(err, credential.ErrNotFound) || errors.Is(err, credential.ErrSchema) {
+			s.Logger.Warn("an order names a credential that does not exist, or that a newer build wrote", "incident", i.ID, "credential", string(id))
 			return nil
 		}
 		if err != nil {

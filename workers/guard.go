@@ -66,7 +66,7 @@ func (g *Guard) Blocked(r credential.Record) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, i := range g.open {
-		if i.ID != r.LastIncident && slices.Contains(i.Credentials, r.ID) {
+		if !r.Ordered(i.ID) && slices.Contains(i.Credentials, r.ID) {
 			return true
 		}
 	}

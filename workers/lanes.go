@@ -2,8 +2,8 @@ package workers
 
 import (
 	"context"
-	"errors"
 	"sync"
+	"time"
 
 	"github.com/rekeyhq/rekey/internal/credential"
 )
@@ -12,6 +12,8 @@ import (
 type Queue interface {
 	// WatchTargets calls fn for every target that exists, that changes, and, with a nil target, that goes.
 	WatchTargets(ctx context.Context, fn func(name string, t *credential.Target), ready func()) error
+	// EnsureLanes makes a target's lanes if they are missing, with its limit.
+	EnsureLanes(ctx context.Context, target string, concurrency int) error
 	// Work calls fn for each doorbell of one lane, at most limit at once here, until ctx ends; what is in flight is finished.
 	// An error of fn asks for another delivery.
 	Work(ctx context.Context, lane credential.Lane, target string, limit int, fn func(context.Context, credential.Doorbell) error) error
@@ -22,6 +24,8 @@ type Queue interface {
 func (w *Worker) Serve(ctx context.Context, q Queue) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	type served struct {
 		limit int
 		stop  context.CancelFunc
@@ -47,16 +51,24 @@ func (w *Worker) Serve(ctx context.Context, q Queue) error {
 	}, nil)
 }
 
-// serveLane answers one lane until ctx ends.
+// lanePause is the wait before a lane that ended is taken up again.
+const lanePause = time.Second
+
+// serveLane answers one lane until ctx ends. A lane that was lost, with its stream or by somebody's hand, is made anew.
 func (w *Worker) serveLane(ctx context.Context, q Queue, lane credential.Lane, t credential.Target) {
-	err := q.Work(ctx, lane, t.Name, t.Concurrency, func(ctx context.Context, d credential.Doorbell) error {
-		err := w.Handle(ctx, d.ID)
-		if err != nil && !errors.Is(err, ErrPaused) && !errors.Is(err, context.Canceled) {
-			w.Logger.Warn("doorbell will ring again", "credential", string(d.ID), "target", t.Name, "error", err)
+	for {
+		err := q.EnsureLanes(ctx, t.Name, t.Concurrency)
+		if err == nil {
+			err = q.Work(ctx, lane, t.Name, t.Concurrency, func(ctx context.Context, d credential.Doorbell) error { return w.Handle(ctx, d.ID) })
 		}
-		return err
-	})
-	if err != nil && ctx.Err() == nil {
-		w.Logger.Error("lane ended; the target is not served here until a restart", "target", t.Name, "lane", string(lane), "error", err)
+		if ctx.Err() != nil {
+			return
+		}
+		w.Logger.Error("lane ended; it is taken up again", "target", t.Name, "lane", string(lane), "error", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(lanePause):
+		}
 	}
 }

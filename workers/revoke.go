@@ -180,6 +180,14 @@ func (r *run) proveKill(ctx context.Context, e credential.Effect) (credential.Ou
 	if unknown.Result != "" {
 		return unknown, nil
 	}
+	suspects, err := r.suspects(ctx, rot)
+	if err != nil {
+		return credential.Outcome{}, err
+	}
+	if len(suspects) > 0 {
+		return credential.Outcome{Result: credential.Lost, Message: fmt.Sprintf(
+			"a mint was under way when the order came, and these enabled versions may be what it made: %s; delete those that are nobody's", strings.Join(suspects, ", "))}, nil
+	}
 	var left []string
 	for _, v := range e.Versions {
 		if !proven[v.ID] {
@@ -194,6 +202,44 @@ func (r *run) proveKill(ctx context.Context, e credential.Effect) (credential.Ou
 		message += " (" + problem.Error() + ")"
 	}
 	return credential.Outcome{Result: credential.Lost, Message: message}, nil
+}
+
+// suspects are enabled versions that a mint which the kill overtook may have made, and that nothing shows to be ours.
+func (r *run) suspects(ctx context.Context, rot rotators.Rotator) ([]string, error) {
+	if r.record.NotedAt.IsZero() {
+		return nil, nil
+	}
+	census, err := rot.Inspect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, v := range census {
+		if v.Enabled && !r.knows(v.ID) && !slices.Contains(r.record.Noted, v.ID) {
+			ids = append(ids, string(v.ID))
+		}
+	}
+	return ids, nil
+}
+
+// removeStray takes a version out of service that this pass minted and no record knows. The intent to mint is its audit entry.
+func (r *run) removeStray(ctx context.Context, id rotators.VersionID) error {
+	ctx, cancel := context.WithTimeout(ctx, r.record.Spec.StepDeadline.D())
+	defer cancel()
+	r.minted = rotators.Material{}
+	rot, err := r.issuer(ctx)
+	if err != nil {
+		return err
+	}
+	op := r.record.Op()
+	err = r.attempt(ctx, credential.Withdrawing, func(ctx context.Context) error {
+		return errors.Join(rot.Disable(ctx, op, id), rot.Delete(ctx, op, id))
+	})
+	if err != nil {
+		return fmt.Errorf("remove the minted version %s, which nobody will use: %w", id, err)
+	}
+	r.log.Warn("a minted version that no record knows was removed", "version", string(id), "generation", op.Generation)
+	return nil
 }
 
 // stored reads every stage that answers in time, and the first problem.

@@ -18,6 +18,9 @@ func (r *run) adopt(ctx context.Context, e credential.Effect) (credential.Outcom
 	if err != nil {
 		return credential.Outcome{}, err
 	}
+	if r.record.Spec.Adopt == nil {
+		return credential.Outcome{}, rotators.Faultf(rotators.Refused, "adopt "+string(e.Version.ID), "the configuration no longer says how")
+	}
 	fields := map[string][]byte{}
 	for name, ref := range r.record.Spec.Adopt.Material {
 		b, err := r.Resolve(ctx, ref)

@@ -24,7 +24,7 @@ func (r *run) step(ctx context.Context, e credential.Effect, due time.Time) (cre
 	ctx, cancel := context.WithTimeout(ctx, e.Deadline.Sub(began))
 	defer cancel()
 	var out credential.Outcome
-	err := r.attempt(ctx, e, func(ctx context.Context) error {
+	err := r.attempt(ctx, e.Phase, func(ctx context.Context) error {
 		var err error
 		out, err = r.perform(ctx, e)
 		return err
@@ -47,9 +47,9 @@ func (r *run) step(ctx context.Context, e credential.Effect, due time.Time) (cre
 
 // attempt is the one place of short retries: what changed nothing and may pass is tried again for QuickRetry, or, where a minted
 // secret is held that exists nowhere else, until the deadline. Longer waits are committed as schedules.
-func (r *run) attempt(ctx context.Context, e credential.Effect, f func(context.Context) error) error {
+func (r *run) attempt(ctx context.Context, phase credential.Phase, f func(context.Context) error) error {
 	b := retry.WithMaxDuration(r.QuickRetry, retry.WithCappedDuration(time.Second, retry.NewExponential(50*time.Millisecond)))
-	if e.Phase == credential.Staging && !r.minted.Empty() {
+	if phase == credential.Staging && !r.minted.Empty() {
 		b = retry.WithCappedDuration(time.Second, retry.NewExponential(50*time.Millisecond))
 	}
 	var last error
@@ -62,7 +62,7 @@ func (r *run) attempt(ctx context.Context, e credential.Effect, f func(context.C
 		if again && r.Blocked(r.record) {
 			again = false
 		}
-		if again || !r.minted.Empty() && e.Phase == credential.Staging {
+		if again || !r.minted.Empty() && phase == credential.Staging {
 			return retry.RetryableError(last)
 		}
 		return last

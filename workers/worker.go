@@ -119,16 +119,18 @@ func (w *Worker) Handle(ctx context.Context, id credential.ID) error {
 	var in credential.Input = credential.Tick{Worker: r.name}
 	for {
 		if _, ok := in.(credential.Tick); ok {
-			switch {
-			case ctx.Err() != nil:
-				return ctx.Err()
-			case r.Blocked(r.record):
+			if r.Blocked(r.record) {
 				return nil // the order rings for itself
-			case r.Paused() && !r.record.Urgent() && r.record.Phase != credential.Idle:
-				return ErrPaused
 			}
-			if !r.awaitDue(ctx) {
-				return ctx.Err()
+			waited, err := r.await(ctx)
+			if err != nil {
+				return err
+			}
+			if waited {
+				if err := r.load(steady, id); err != nil {
+					return err
+				}
+				continue
 			}
 		}
 		effect, went, err := r.advance(steady, in)
@@ -138,7 +140,9 @@ func (w *Worker) Handle(ctx context.Context, id credential.ID) error {
 		case went == nowhere:
 			return nil
 		case went == back: // somebody else committed: the same input, or a fresh look
-			in = r.afterReload(in)
+			if in, err = r.afterReload(steady, in); err != nil {
+				return err
+			}
 			continue
 		case effect.Phase == "":
 			if !r.more() {
@@ -160,23 +164,30 @@ func (w *Worker) Handle(ctx context.Context, id credential.ID) error {
 	}
 }
 
-// ErrPaused asks for the doorbell again: the fleet is paused.
-var ErrPaused = errors.New("the fleet is paused")
-
 // earlyWait is how much earlier than the due instant a doorbell may come (two clocks) and still be waited for.
 const earlyWait = 2 * time.Second
 
-// awaitDue waits out a doorbell that is slightly early. It is false if ctx ended first.
-func (r *run) awaitDue(ctx context.Context) bool {
-	early := r.record.Due.Sub(r.Now())
-	if r.record.Due.IsZero() || early <= 0 || early > earlyWait {
-		return true
+// pauseLook is how often a doorbell that came during a fleet-wide pause looks whether that is over.
+const pauseLook = 500 * time.Millisecond
+
+// await waits out a fleet-wide pause, and a doorbell that is slightly early. It reports whether it waited at all; then the record may
+// have changed. The error is ctx's.
+func (r *run) await(ctx context.Context) (bool, error) {
+	wait := time.Duration(0)
+	switch early := r.record.Due.Sub(r.Now()); {
+	case r.Paused() && !r.record.Urgent() && r.record.Phase != credential.Idle:
+		wait = pauseLook
+	case !r.record.Due.IsZero() && early > 0 && early <= earlyWait:
+		wait = early
+	}
+	if wait == 0 || ctx.Err() != nil {
+		return false, ctx.Err()
 	}
 	select {
 	case <-ctx.Done():
-		return false
-	case <-time.After(early):
-		return true
+		return true, ctx.Err()
+	case <-time.After(wait):
+		return true, nil
 	}
 }
 
@@ -194,14 +205,22 @@ func (r *run) more() bool {
 	return rec.Claim == nil && rec.Phase != credential.Idle && !rec.Due.IsZero() && !rec.Due.After(r.Now())
 }
 
-// afterReload keeps an outcome that still fits the reloaded record, and otherwise looks afresh.
-func (r *run) afterReload(in credential.Input) credential.Input {
-	if o, ok := in.(credential.Outcome); ok {
-		if c := r.record.Claim; c != nil && c.Worker == r.name && c.Phase == o.Phase {
-			return o
+// afterReload keeps an outcome that still fits the reloaded record, and otherwise looks afresh. A version that was minted for an
+// outcome that nobody takes any more, because an emergency or another worker came between, would be an orphan: it is removed.
+func (r *run) afterReload(ctx context.Context, in credential.Input) (credential.Input, error) {
+	o, ok := in.(credential.Outcome)
+	if !ok {
+		return in, nil
+	}
+	if c := r.record.Claim; c != nil && c.Worker == r.name && c.Phase == o.Phase {
+		return o, nil
+	}
+	if o.Phase == credential.Minting && o.Version != "" && !r.knows(o.Version) {
+		if err := r.removeStray(ctx, o.Version); err != nil {
+			return nil, err
 		}
 	}
-	return credential.Tick{Worker: r.name}
+	return credential.Tick{Worker: r.name}, nil
 }
 
 func (r *run) load(ctx context.Context, id credential.ID) error {
@@ -246,6 +265,9 @@ func (r *run) advance(ctx context.Context, in credential.Input) (credential.Effe
 		}
 		if r.record.Rev == next.Rev && r.record.Entry.Hash == next.Entry.Hash { // the reply was lost, the commit was not
 			return effect, forward, nil
+		}
+		if c, mine := r.record.Claim, next.Claim; c != nil && mine != nil && c.Worker == r.name && c.Phase == mine.Phase {
+			return r.record.Effect(), forward, nil // an earlier try of this pass had a lost reply, and arrived late
 		}
 		return effect, back, nil
 	default:

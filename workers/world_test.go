@@ -187,7 +187,9 @@ func (w *world) request(v credential.Verb) {
 	w.t.Helper()
 	ctx := context.Background()
 	if v == credential.Kill || v == credential.Replace {
-		_, _, err := w.ledger.CreateIncident(ctx, credential.Incident{ID: "inc-" + string(v), Mode: string(v), Credentials: []credential.ID{id}, Actor: "test"})
+		inc := credential.Incident{ID: "inc-" + string(v), Mode: string(v), Credentials: []credential.ID{id}, Actor: "test"}
+		inc.Hash = inc.Sum()
+		_, _, err := w.ledger.CreateIncident(ctx, inc)
 		w.must(err)
 		return
 	}
@@ -284,7 +286,8 @@ type faults struct {
 	mu    sync.Mutex
 	armed bool
 	count int
-	at    int // the operation to strike, from 1; 0 for none
+	at    int    // the operation to strike, from 1; 0 for none
+	match string // or the first of this name
 	what  fault
 	names []string
 	late  sync.WaitGroup
@@ -306,6 +309,10 @@ func (f *faults) next(name string) fault {
 	f.count++
 	f.names = append(f.names, name)
 	if f.count == f.at {
+		return f.what
+	}
+	if f.match != "" && f.match == name {
+		f.match = ""
 		return f.what
 	}
 	return none

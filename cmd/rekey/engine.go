@@ -189,8 +189,8 @@ func (e *engine) worker(guard *workers.Guard) *workers.Worker {
 	rotator := rotatorMaker(e.log)
 	return workers.New(workers.Config{
 		Name: processName(), Ledger: e.ledger, Store: e.stores.get, Resolve: resolve,
-		Rotator: func(ctx context.Context, t credential.Target, r credential.Record) (rotators.Rotator, error) {
-			return rotator(ctx, t, r.ID, r.Spec)
+		Rotator: func(_ context.Context, t credential.Target, r credential.Record) (rotators.Rotator, error) {
+			return rotator(t, r.ID, r.Spec, r.Adopted)
 		},
 		Blocked: guard.Blocked, Paused: guard.Paused, Observe: e.observe, Random: rand.Reader, Logger: e.log,
 	})

@@ -26,8 +26,9 @@ type provider struct {
 	rotator func(t credential.Target, id credential.ID, s credential.Spec, d dependencies) (rotators.Rotator, error)
 }
 
-// dependencies are what the process gives every rotator.
+// dependencies are what the process gives a rotator, and the version that its credential took over, if any.
 type dependencies struct {
+	adopted rotators.VersionID
 	resolve func(ctx context.Context, ref string) ([]byte, error)
 	record  rotators.Recorder
 }
@@ -97,11 +98,9 @@ func providers() map[string]provider {
 				if err != nil {
 					return nil, err
 				}
-				c := postgres.Config{Target: tc, Credential: cc, ID: string(id), Resolve: d.resolve, Record: d.record, Timeout: s.StepDeadline.D()}
-				if s.Adopt != nil {
-					c.Adopted = s.Adopt.Version
-				}
-				return postgres.New(c)
+				return postgres.New(postgres.Config{
+					Target: tc, Credential: cc, ID: string(id), Adopted: d.adopted, Resolve: d.resolve, Record: d.record, Timeout: s.StepDeadline.D(),
+				})
 			},
 		},
 	}
@@ -192,15 +191,17 @@ func strict[T any](b json.RawMessage) (T, error) {
 }
 
 // rotatorMaker makes rotators for the worker and for checks.
-func rotatorMaker(log *slog.Logger) func(context.Context, credential.Target, credential.ID, credential.Spec) (rotators.Rotator, error) {
+func rotatorMaker(log *slog.Logger) func(t credential.Target, id credential.ID, s credential.Spec, adopted rotators.VersionID) (rotators.Rotator, error) {
 	known := providers()
-	d := dependencies{
+	common := dependencies{
 		resolve: resolve,
 		record: func(_ context.Context, op rotators.Op, statement string) {
 			log.Info("issuer statement", "credential", op.Credential, "generation", op.Generation, "op", op.ID.String(), "statement", statement)
 		},
 	}
-	return func(_ context.Context, t credential.Target, id credential.ID, s credential.Spec) (rotators.Rotator, error) {
+	return func(t credential.Target, id credential.ID, s credential.Spec, adopted rotators.VersionID) (rotators.Rotator, error) {
+		d := common
+		d.adopted = adopted
 		p, ok := known[t.Kind]
 		if !ok {
 			return nil, rotators.Faultf(rotators.Refused, "make rotator", "this build has no kind %q", t.Kind)

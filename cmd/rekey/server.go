@@ -156,7 +156,11 @@ func prober(log *slog.Logger) api.Prober {
 	return func(ctx context.Context, t credential.Target, id credential.ID, spec credential.Spec) ([]rotators.Finding, error) {
 		ctx, cancel := context.WithTimeout(ctx, probeTime)
 		defer cancel()
-		r, err := rotator(ctx, t, id, spec)
+		var adopted rotators.VersionID
+		if spec.Adopt != nil {
+			adopted = spec.Adopt.Version
+		}
+		r, err := rotator(t, id, spec, adopted)
 		if err != nil {
 			return nil, err
 		}

@@ -96,7 +96,7 @@ func (s *Server) apply(ctx context.Context, in *applyInput) (*applyOutput, error
 		return nil, huma.Error409Conflict("nothing was changed: some of it cannot be done now", details...)
 	}
 	if !in.Body.Unprobed {
-		warnings, fatal := s.probe(ctx, out.Body.Changes, desired)
+		warnings, fatal := s.probe(ctx, out.Body.Changes, desired, mine)
 		if len(fatal) > 0 {
 			return nil, huma.Error422UnprocessableEntity("nothing was changed: rotating there would be unsafe or cannot work", fatal...)
 		}

@@ -21,7 +21,7 @@ const probesAtOnce = 8
 
 // probe asks the issuer of every credential that would be created, adopted or changed, and of every one at a changed target. What is
 // fatal comes back as an error for each, the rest as warnings.
-func (s *Server) probe(ctx context.Context, changes []ApplyChange, desired config.Config) (warnings []string, fatal []error) {
+func (s *Server) probe(ctx context.Context, changes []ApplyChange, desired config.Config, records []credential.Record) (warnings []string, fatal []error) {
 	if s.Probe == nil {
 		return nil, nil
 	}
@@ -43,6 +43,11 @@ func (s *Server) probe(ctx context.Context, changes []ApplyChange, desired confi
 	for _, c := range changes {
 		id := credential.ID(c.ID)
 		spec, declared := desired.Credentials[id]
+		for _, r := range records {
+			if r.ID == id && r.Adopted != "" { // the file need not say so any more
+				spec.Adopt = r.Spec.Adopt
+			}
+		}
 		if c.Object != "credential" || !declared || c.Action == config.None && !moved[spec.Target] {
 			continue
 		}

@@ -156,7 +156,7 @@ func planCredentials(current []credential.Record, desired Config) []Change {
 				break
 			}
 			before := r.Spec
-			if holds(r) { // adoption counts once
+			if r.Phase != credential.Adopting { // adoption counts once
 				before.Adopt, spec.Adopt = nil, nil
 			}
 			ch.Fields = differences(before, spec)

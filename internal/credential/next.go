@@ -112,7 +112,7 @@ func (r Record) clone() Record {
 	}
 	r.Candidate, r.Current, r.Old = copied(r.Candidate), copied(r.Current), copied(r.Old)
 	r.Dead, r.Noted, r.Foreign = slices.Clone(r.Dead), slices.Clone(r.Noted), slices.Clone(r.Foreign)
-	r.Doubtful = slices.Clone(r.Doubtful)
+	r.Doubtful, r.Orders = slices.Clone(r.Doubtful), slices.Clone(r.Orders)
 	if r.Acks != nil {
 		acks := make(map[string]time.Time, len(r.Acks))
 		for k, v := range r.Acks {
@@ -234,19 +234,46 @@ func (m *machine) tick(t Tick) error {
 			return nil
 		}
 		m.enter(SweepingKill)
+	case m.now.Before(r.RetryAt):
+		return nil
 	case r.Phase == Admitted:
 		to, _ := follow(r, began)
 		m.enter(to)
-	case m.now.Before(r.RetryAt):
-		return nil
-	case r.Claim != nil: // it ran out: the worker died, or froze
-		if to, ok := follow(r, Unclear); ok {
-			m.enter(to)
-		}
+	case r.Claim != nil:
+		m.succeed()
 	}
 	m.claim(t.Worker)
 	m.did(t.Worker, "intend "+string(r.Phase), "")
 	return nil
+}
+
+// succeed takes over from a worker that died or froze: its claim has run out.
+func (m *machine) succeed() {
+	r := &m.r
+	m.startGap(r.Claim.At)
+	f := &Failure{Class: rotators.Unsure.String(), Phase: r.Phase, At: m.now, Message: "worker " + r.Claim.Worker + " did not finish the step in time"}
+	if to, ok := follow(r, Unclear); ok {
+		m.enter(to)
+	} else {
+		r.Attempt++
+	}
+	r.Failure = f
+	m.complain()
+}
+
+// startGap notes since when an in-place credential may be without a working secret.
+func (m *machine) startGap(at time.Time) {
+	if m.r.Plan == InPlace && m.r.Phase == Applying && m.r.GapFrom.IsZero() {
+		m.r.GapFrom = at
+	}
+}
+
+// complain announces, once, that a step does not succeed although it is tried again and again.
+func (m *machine) complain() {
+	r := &m.r
+	if r.Failure != nil && (r.Attempt == announceTry || r.Attempt == 0 && r.Bounced == announceTry) {
+		m.announce(NoticeRotationFailed, Notice{Reason: "retrying", Message: r.Failure.Message})
+	}
 }
 
 // overdue announces, once, that the current version is older than the calendar allows.

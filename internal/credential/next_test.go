@@ -302,9 +302,10 @@ func TestLostMint(t *testing.T) {
 		t.Errorf("withdraws %+v", d.eff.Version)
 	}
 	d.report(Done).want(Discarding).report(Done).want(Idle)
-	if !d.r.NextRotation.Equal(d.now) || d.r.Failed != 0 {
-		t.Errorf("next %s, failed %d: a crash is not the issuer's refusal", d.r.NextRotation, d.r.Failed)
+	if wait := d.r.NextRotation.Sub(d.now); wait <= 0 || wait > redoBase || d.r.Failed != 1 || d.r.Denied != 0 {
+		t.Errorf("next in %s, failed %d, denied %d: a crash is not the issuer's refusal, and not repeated without a pause", wait, d.r.Failed, d.r.Denied)
 	}
+	d.now = d.r.NextRotation
 	d.feed(Request{Verb: Admit})
 	if d.r.Generation != 2 {
 		t.Errorf("generation %d: the lost one is not burnt", d.r.Generation)
@@ -321,8 +322,181 @@ func TestLostMint(t *testing.T) {
 func TestMintedSecretThatCannotBeStoredIsWithdrawn(t *testing.T) {
 	d := drive(t, Minted).feed(Request{Verb: Rotate}).tick().report(Done).report(Done, version("k1")).want(Staging)
 	d.report(Failed, class(rotators.Transient)).want(Withdrawing)
-	if d.eff.Version.ID != "k1" {
-		t.Errorf("withdraws %+v", d.eff.Version)
+	if d.eff.Version.ID != "k1" || !slices.Contains(announced(d.r), NoticeRotationFailed) {
+		t.Errorf("withdraws %+v, announces %v", d.eff.Version, announced(d.r))
+	}
+	d.report(Done).report(Done).want(Idle)
+	if d.r.Parked != nil {
+		t.Errorf("parked although the store was only away: %+v", d.r.Parked)
+	}
+	// A store that says no will say no to the next one too: one withdrawn version is enough.
+	d.now = d.r.NextRotation
+	d.feed(Request{Verb: Admit}).tick().report(Done).report(Done, version("k2")).want(Staging)
+	d.report(Failed, class(rotators.Conflict)).want(Withdrawing).report(Done).report(Done).want(Idle)
+	if d.r.Parked == nil {
+		t.Error("not parked")
+	}
+}
+
+// Whatever goes wrong again and again is announced, and slows down.
+func TestNothingFailsQuietlyForEver(t *testing.T) {
+	day := func(d *driver, step func()) (steps, events int) {
+		end := d.now.Add(24 * time.Hour)
+		for d.now.Before(end) {
+			steps++
+			if steps > 5000 {
+				t.Fatalf("5000 steps by %s in phase %s", d.now, d.r.Phase)
+			}
+			if d.r.Claim == nil {
+				d.now = maxTime(d.now, d.r.Due)
+				if d.r.Phase == Idle {
+					d.feed(Request{Verb: Admit, Reason: "retry"})
+				} else {
+					d.tick()
+				}
+			} else {
+				step()
+			}
+			events += len(d.r.Announce)
+		}
+		return steps, events
+	}
+	check := func(t *testing.T, d *driver, events int) {
+		t.Helper()
+		if events == 0 {
+			t.Error("a whole day without an event")
+		}
+		if s := d.r.State(); s == "ok" {
+			t.Errorf("state %q after a day in vain", s)
+		}
+	}
+	t.Run("in place, the new secret is refused", func(t *testing.T) {
+		d := drive(t, InPlace).rotate("a").feed(Request{Verb: Rotate}).tick()
+		_, events := day(d, func() {
+			switch d.r.Phase {
+			case Proving:
+				d.report(Rejected)
+			default:
+				d.report(Done, version("a"))
+			}
+		})
+		check(t, d, events)
+	})
+	t.Run("apply is never confirmed", func(t *testing.T) {
+		d := drive(t, Overlapping).feed(Request{Verb: Rotate}).tick()
+		_, events := day(d, func() {
+			switch d.r.Phase {
+			case Applying:
+				d.report(Failed, class(rotators.Unsure))
+			case Checking:
+				d.report(Rejected)
+			default:
+				d.report(Done, version("a"))
+			}
+		})
+		check(t, d, events)
+	})
+	t.Run("the old one still logs in", func(t *testing.T) {
+		d := drive(t, Overlapping).rotate("a").rotate("b")
+		d.now = d.r.DrainMin
+		d.tick()
+		_, events := day(d, func() {
+			if d.r.Phase == ProvingDead {
+				d.report(Accepted)
+			} else {
+				d.report(Done)
+			}
+		})
+		check(t, d, events)
+	})
+	t.Run("every minted reply is lost", func(t *testing.T) {
+		d := drive(t, Minted).feed(Request{Verb: Rotate}).tick()
+		_, events := day(d, func() {
+			switch d.r.Phase {
+			case Minting:
+				d.report(Failed, class(rotators.Unsure))
+			case Attributing:
+				d.report(Found, version("orphan"))
+			default:
+				d.report(Done)
+			}
+		})
+		if events == 0 || d.r.Generation > 60 {
+			t.Errorf("%d generations, %d events", d.r.Generation, events)
+		}
+	})
+	t.Run("replace, every candidate is refused", func(t *testing.T) {
+		d := drive(t, Overlapping).rotate("a").feed(Request{Verb: Replace, Incident: "i"})
+		start := d.r.Generation
+		end := d.now.Add(time.Hour)
+		for steps := 0; d.now.Before(end) && steps < 20000; steps++ {
+			switch {
+			case d.r.Claim == nil:
+				d.now = maxTime(d.now, d.r.Due)
+				d.tick()
+			case d.r.Phase == Proving:
+				d.report(Rejected)
+			default:
+				d.report(Done, version("b"))
+			}
+		}
+		if n := d.r.Generation - start; n > 250 {
+			t.Errorf("%d generations in an hour", n)
+		}
+	})
+	t.Run("the worker dies in the same step each time", func(t *testing.T) {
+		d := drive(t, Overlapping).feed(Request{Verb: Rotate}).tick()
+		_, events := day(d, func() { d.now = d.r.Claim.Until; d.tick() })
+		check(t, d, events)
+	})
+}
+
+func TestAdoptionCanBeCorrectedUntilItSucceeds(t *testing.T) {
+	s := spec(Overlapping)
+	s.Adopt = &Adopt{Version: "wrong", Material: map[string]string{"password": "env:X"}}
+	r, err := New("shop/orders", incarnation, s, "test", start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &driver{t: t, r: r, now: start}
+	d.tick().report(Rejected)
+	if d.r.Parked == nil {
+		t.Fatal("not parked")
+	}
+	right := s
+	right.Adopt = &Adopt{Version: "a", Material: s.Adopt.Material}
+	d.feed(Request{Verb: Declare, Spec: &right}).want(Adopting).tick()
+	if d.eff.Version.ID != "a" || d.r.Adopted != "a" {
+		t.Fatalf("adopts %+v", d.eff.Version)
+	}
+	d.report(Accepted).want(Idle)
+	// Afterwards the configuration may forget or change it: what was taken over stays known.
+	for _, adopt := range []*Adopt{nil, {Version: "b", Material: s.Adopt.Material}} {
+		later := s
+		later.Adopt = adopt
+		d.feed(Request{Verb: Declare, Spec: &later})
+		if d.r.Adopted != "a" || d.r.Spec.Adopt == nil || d.r.Spec.Adopt.Version != "a" {
+			t.Errorf("adopted %q, spec %+v", d.r.Adopted, d.r.Spec.Adopt)
+		}
+	}
+	// Given up instead, it begins like a new one, and does not stumble over what may have been published.
+	d = &driver{t: t, r: r, now: start}
+	d.tick().report(Rejected)
+	none := s
+	none.Adopt = nil
+	d.feed(Request{Verb: Declare, Spec: &none}).want(Idle)
+	if d.r.Candidate != nil || d.r.Adopted != "" || len(d.r.Doubtful) != 1 {
+		t.Errorf("%+v", d.r)
+	}
+}
+
+func TestAnOldOrderIsNotTakenAgainAfterANewerOne(t *testing.T) {
+	d := drive(t, Overlapping).rotate("a").feed(Request{Verb: Kill, Incident: "i1"}).tick().report(Done).report(Rejected)
+	d.feed(Request{Verb: Restore}).tick().report(Done).carry("b").report(Done).want(Idle)
+	d.feed(Request{Verb: Replace, Incident: "i2"}).carry("a").report(Done).report(Rejected).report(Done).report(Done).want(Idle)
+	rev := d.r.Rev
+	if d.feed(Request{Verb: Kill, Incident: "i1"}); d.r.Rev != rev {
+		t.Errorf("killed again: %s", d.r.Phase)
 	}
 }
 

@@ -21,6 +21,9 @@ func (m *machine) outcome(o Outcome) error {
 	switch {
 	case on == Failed && r.Plan == Minted && r.Phase == Staging:
 		on = Lost // the minted secret was held in memory until the deadline, and could not be stored
+		if o.Class == rotators.Conflict || o.Class == rotators.Refused {
+			r.Denied = failedToPark // another mint would fare no better: park once this one is withdrawn
+		}
 	case on == Failed && o.Class == rotators.Unsure:
 		if _, ok := follow(r, Unclear); !ok {
 			return m.retry(o)
@@ -74,6 +77,9 @@ func (m *machine) move(o Outcome, on Result, to Phase) {
 	switch to {
 	case Admitted:
 		m.begin(m.againReason(from))
+		if from == Discarding && r.Failed > 0 {
+			r.RetryAt = m.now.Add(backoff(r.ID, r.Failed-1, retryBase, m.patience()))
+		}
 		return
 	case Idle:
 		m.settle(from)
@@ -83,6 +89,8 @@ func (m *machine) move(o Outcome, on Result, to Phase) {
 	switch {
 	case bounces(from, to):
 		r.Bounced++
+		r.Failure = &Failure{Class: o.Class.String(), Phase: from, Message: said(o, on), At: m.now}
+		m.complain()
 		if r.Bounced > 1 {
 			r.RetryAt = m.now.Add(backoff(r.ID, r.Bounced-2, retryBase, m.patience()))
 		}
@@ -126,6 +134,9 @@ func (m *machine) take(o Outcome, on Result, to Phase, began time.Time) {
 			r.Candidate.ID, r.Candidate.AppliedAt = o.Version, m.now
 		}
 	case Attributing:
+		if on == Found {
+			m.gaveUp("a minted version was lost before it could be stored, and is withdrawn")
+		}
 		r.Candidate.ID = o.Version
 		if on == Nothing && replacing(r) {
 			r.Candidate.Epoch = r.Epoch // nothing was made before the emergency
@@ -134,34 +145,43 @@ func (m *machine) take(o Outcome, on Result, to Phase, began time.Time) {
 		if o.Version != "" {
 			r.Candidate.ID = o.Version
 		}
-		if on == Lost && r.Phase == Reverting {
+		switch {
+		case on == Lost && r.Phase == Reverting:
 			m.announce(NoticeRotationFailed, Notice{Reason: "rollback", Message: o.Message})
+		case on == Lost:
+			m.gaveUp(said(o, on))
 		}
 	case Applying:
 		if on == Done {
 			r.Candidate.AppliedAt = m.now
 		}
-		if r.Plan == InPlace && r.GapFrom.IsZero() {
-			r.GapFrom = began
-			if !o.Performed.IsZero() {
-				r.GapFrom = o.Performed
-			}
+		if !o.Performed.IsZero() {
+			began = o.Performed
 		}
+		m.startGap(began)
 	case Checking:
 		if on == Accepted {
 			r.Candidate.AppliedAt = m.now
 		}
 	case Proving:
 		if on == Rejected && to != Applying {
-			if !r.Candidate.Revert {
-				r.Failed++
+			const message = "the issuer refused the new credential"
+			if r.Candidate.Revert {
+				m.announce(NoticeRotationFailed, Notice{Reason: r.Reason, Message: message})
+				break
 			}
-			m.announce(NoticeRotationFailed, Notice{Reason: r.Reason, Message: "the issuer refused the new credential"})
+			r.Denied++
+			m.gaveUp(message)
 		}
 	case Promoting:
 		m.promoted()
 	case Discarding:
 		r.Candidate, r.Noted, r.NotedAt = nil, nil, time.Time{}
+	case ProvingDead:
+		r.Proven, r.Residue = on == Rejected, residual(r.Spec.Traits)
+		if on == Lost {
+			r.Residue = o.Message
+		}
 	case Destroying:
 		if r.Old != nil {
 			m.announce(NoticeRevoked, Notice{Generation: r.Old.Generation, Reason: r.Reason})
@@ -169,7 +189,9 @@ func (m *machine) take(o Outcome, on Result, to Phase, began time.Time) {
 		r.Old, r.Previous, r.Doubtful = nil, Published{}, nil
 	case Killing:
 		m.disabled(o)
-		m.announce(NoticeSuspended, Notice{Reason: r.Reason, Grade: "disabled", Message: residual(r.Spec.Traits)})
+		if r.Bounced == 0 {
+			m.announce(NoticeSuspended, Notice{Reason: r.Reason, Grade: "disabled", Message: residual(r.Spec.Traits)})
+		}
 	case ProvingKill:
 		if on == Rejected {
 			r.Proven, r.Residue = true, residual(r.Spec.Traits)
@@ -180,6 +202,9 @@ func (m *machine) take(o Outcome, on Result, to Phase, began time.Time) {
 	case SweepingKill:
 		r.Swept = true
 		m.disabled(o)
+		if r.Spec.Traits.Unfenced { // only now can no frozen worker bring one back
+			m.announce(NoticeSuspended, Notice{Reason: r.Reason, Grade: "confirmed", Message: r.Residue})
+		}
 	case Clearing:
 		r.Dead = nil
 	}
@@ -230,7 +255,10 @@ func (m *machine) promoted() {
 	r.Previous, r.Published = r.Published, published(c)
 	r.Current, r.Candidate = &c, nil
 	r.Noted, r.NotedAt = nil, time.Time{}
-	r.Acks, r.Ending, r.Overdue, r.Failed, r.LastRotation = nil, false, false, 0, m.now
+	r.Acks, r.Ending, r.Overdue, r.Failed, r.Denied, r.LastRotation = nil, false, false, 0, 0, m.now
+	if r.Plan == InPlace {
+		r.Proven, r.Residue = false, "in place: the old secret was overwritten, which no login proves"
+	}
 	m.announce(NoticeRotated, n)
 }
 
@@ -258,13 +286,13 @@ func (m *machine) settle(from Phase) {
 	m.enter(Idle)
 	r.Bounced, r.Hold = 0, false
 	if from == Discarding {
-		r.NextRotation = m.now // the candidate was lost through no fault of the issuer: at once
+		r.NextRotation = m.now
 		if r.Failed > 0 {
 			r.NextRotation = m.now.Add(backoff(r.ID, r.Failed-1, redoBase, redoMost))
 		}
-		if r.Failed >= failedToPark {
-			r.Parked = &Failure{Class: rotators.Refused.String(), Phase: Proving, At: m.now,
-				Message: fmt.Sprintf("the issuer refused %d new credentials in a row", r.Failed)}
+		if r.Denied >= failedToPark {
+			r.Parked = &Failure{Class: rotators.Refused.String(), Phase: Idle, At: m.now,
+				Message: fmt.Sprintf("%s in a row came to nothing: the issuer refused the new credential, or the store to hold it", rotations(r.Failed))}
 			m.announce(NoticeRotationFailed, Notice{Reason: "parked", Message: r.Parked.Message})
 		}
 		return
@@ -289,28 +317,44 @@ func (m *machine) retry(o Outcome) error {
 		m.move(Outcome{Worker: o.Worker, Phase: o.Phase, Message: "not proven by login: " + o.Message}, Lost, Suspended)
 		return nil
 	}
+	if o.Class == rotators.Unsure {
+		m.startGap(r.Claim.At)
+	}
 	r.Attempt++
 	r.Claim = nil
 	r.RetryAt = m.now.Add(max(o.RetryAfter, backoff(r.ID, r.Attempt-1, retryBase, m.patience())))
-	message := o.Message
-	if message == "" {
-		message = string(o.Result)
-	}
+	message := said(o, o.Result)
 	r.Failure = &Failure{Class: o.Class.String(), Phase: r.Phase, Message: message, At: m.now}
 	m.did(o.Worker, "retry "+string(r.Phase), message)
-	if r.Attempt == announceTry {
-		m.announce(NoticeRotationFailed, Notice{Reason: "retrying", Message: message})
-	}
+	m.complain()
 	return nil
+}
+
+// said is what an outcome has to say for itself.
+func said(o Outcome, on Result) string {
+	if o.Message != "" {
+		return o.Message
+	}
+	return string(o.Phase) + ": " + string(on)
+}
+
+// gaveUp counts and announces a generation that comes to nothing.
+func (m *machine) gaveUp(message string) {
+	m.r.Failed++
+	m.announce(NoticeRotationFailed, Notice{Reason: m.r.Reason, Message: message})
+}
+
+func rotations(n int) string {
+	if n == 1 {
+		return "1 rotation"
+	}
+	return fmt.Sprintf("%d rotations", n)
 }
 
 // park waits for a human. Whatever works goes on working.
 func (m *machine) park(o Outcome) {
 	r := &m.r
-	message := o.Message
-	if message == "" {
-		message = string(o.Result)
-	}
+	message := said(o, o.Result)
 	class := o.Class
 	if o.Result != Failed {
 		class = rotators.Refused

@@ -49,6 +49,7 @@ func firstOutdated(r *Record) bool {
 	return first(r) && replacing(r) && r.Candidate.Epoch < r.Emergency.Epoch
 }
 
+func outOfPlace(r *Record) bool  { return r.Plan != InPlace }
 func nothingLive(r *Record) bool { return r.Current == nil }
 
 // table is the whole protocol. Failures, retries and parking apply to every phase alike and are not in it; see outcome.go.
@@ -67,7 +68,8 @@ var table = []rule{
 	{"", Admitted, began, "", nil, Staging},
 	{"", Staging, Done, "", nil, Applying},
 	{"", Applying, Done, "", nil, Proving},
-	{"", Applying, Unclear, "", nil, Checking},
+	// In place there is no way to tell a change that happened from sessions that were not ended: the same once more.
+	{"", Applying, Unclear, "", outOfPlace, Checking},
 	{"", Checking, Accepted, "", nil, Promoting},
 	{"", Checking, Rejected, "", nil, Applying},
 

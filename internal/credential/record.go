@@ -4,6 +4,7 @@ package credential
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -37,6 +38,8 @@ type Record struct {
 	Generation  uint64    `json:"generation"` // the highest ever admitted; 0 before the first
 	Spec        Spec      `json:"spec"`
 	Plan        Plan      `json:"plan"`
+	// Adopted is the version that was taken over without having been made by us; empty otherwise.
+	Adopted rotators.VersionID `json:"adopted,omitempty"`
 	// Managed is false after the credential left the configuration: nothing new is admitted.
 	Managed bool `json:"managed"`
 
@@ -55,10 +58,11 @@ type Record struct {
 	Paused  bool      `json:"paused,omitempty"`   // no step starts, emergencies apart
 	Hold    bool      `json:"hold,omitempty"`     // the overlap stays open
 	Failed  int       `json:"failed,omitempty"`   // rotations abandoned in a row
+	Denied  int       `json:"denied,omitempty"`   // of those: in a row, because the issuer or the store said no
 	Swept   bool      `json:"swept,omitempty"`    // the second sweep of a kill is done
-	Proven  bool      `json:"proven,omitempty"`   // a kill's versions were refused at a login
+	Proven  bool      `json:"proven,omitempty"`   // the last revocation was proven: what it ended was refused at a login
 	Foreign []string  `json:"foreign,omitempty"`  // versions at the issuer that are not ours, as last seen
-	Residue string    `json:"residual,omitempty"` // why a kill is not proven, or what outlives it
+	Residue string    `json:"residual,omitempty"` // why it is not proven, or what outlives it
 
 	Candidate *Version  `json:"candidate,omitempty"` // made or being made, not yet read by consumers
 	Current   *Version  `json:"current,omitempty"`   // what consumers read
@@ -87,8 +91,8 @@ type Record struct {
 	Overdue      bool      `json:"overdue,omitempty"`      // credential.overdue was announced
 
 	Emergency *Emergency `json:"emergency,omitempty"` // until it is complete
-	// LastIncident is the last order that reached this record: a repeat of it changes nothing.
-	LastIncident string `json:"last_incident,omitempty"`
+	// Orders are the incidents that reached this record, the latest last: a repeat of one of them changes nothing.
+	Orders []string `json:"orders,omitempty"`
 
 	// Due is the next instant at which the record wants attention; zero for none. It becomes the schedule.
 	Due time.Time `json:"due,omitzero"`
@@ -221,6 +225,17 @@ func (r Record) Lane() Lane {
 		return LaneRevoke
 	}
 	return LaneWork
+}
+
+// Ordered reports whether an incident has reached the record.
+func (r Record) Ordered(incident string) bool { return slices.Contains(r.Orders, incident) }
+
+// LastIncident is the last order that reached the record; empty for none.
+func (r Record) LastIncident() string {
+	if len(r.Orders) == 0 {
+		return ""
+	}
+	return r.Orders[len(r.Orders)-1]
 }
 
 // State is the one word that an operator reads first.

@@ -1,7 +1,6 @@
 package credential
 
 import (
-	"bytes"
 	"fmt"
 	"slices"
 	"time"
@@ -52,7 +51,7 @@ func New(id ID, incarnation uuid.UUID, spec Spec, actor string, now time.Time) (
 	m.did(actor, "declare", "new")
 	if spec.Adopt != nil {
 		m.begin("adopt")
-		m.r.Candidate.ID = spec.Adopt.Version
+		m.r.Candidate.ID, m.r.Adopted = spec.Adopt.Version, spec.Adopt.Version
 		m.enter(Adopting)
 	} else {
 		m.enter(Idle)
@@ -157,7 +156,7 @@ func (m *machine) steer(q Request) error {
 			return m.refuse("it is neither paused, held nor parked (state %s)", r.State())
 		}
 		if r.Parked != nil {
-			r.Failed, r.Attempt, r.RetryAt, r.Failure = 0, 0, time.Time{}, nil
+			r.Failed, r.Denied, r.Attempt, r.RetryAt, r.Failure = 0, 0, 0, time.Time{}, nil
 		}
 		r.Paused, r.Hold, r.Parked = false, false, nil
 	case Restore:
@@ -175,7 +174,8 @@ func (m *machine) steer(q Request) error {
 	return nil
 }
 
-// declare takes over a changed Spec. What is in flight keeps its place: the target, the slots and the plan may change only when idle.
+// declare takes over a changed Spec. What is in flight keeps its place: target, store and plan change only when idle. The provider's
+// fields may change at any time, or a wrong one could never be mended; who asks has checked that no version in use is lost by it.
 func (m *machine) declare(q Request) error {
 	r := &m.r
 	if q.Spec == nil {
@@ -188,10 +188,14 @@ func (m *machine) declare(q Request) error {
 	if err != nil {
 		return m.refuse("%v", err)
 	}
-	now, was := q.Spec, &r.Spec
-	moved := now.Target != was.Target || now.Kind != was.Kind || now.Store != was.Store || plan != r.Plan || !bytes.Equal(now.Fields, was.Fields)
-	if moved && (r.Phase != Idle || r.Old != nil) {
-		return m.refuse("target, store and provider fields cannot change while it is in phase %s: try again when it is idle", r.Phase)
+	spec := *q.Spec
+	now, was := &spec, &r.Spec
+	moved := now.Target != was.Target || now.Kind != was.Kind || now.Store != was.Store || plan != r.Plan
+	if moved && r.Phase != Idle && r.Phase != Adopting {
+		return m.refuse("target, store and plan cannot change while it is in phase %s: try again when it is idle", r.Phase)
+	}
+	if err := m.adoption(now); err != nil {
+		return err
 	}
 	if now.Every != was.Every || now.Jitter != was.Jitter {
 		if r.Phase == Idle && r.Failed == 0 && r.Generation > 0 {
@@ -204,13 +208,37 @@ func (m *machine) declare(q Request) error {
 	return nil
 }
 
+// adoption takes over what a new spec says of it: corrections while it is still being tried, nothing afterwards. Taking over a
+// version that was not proven to be the credential's own is possible only with its first record.
+func (m *machine) adoption(now *Spec) error {
+	r := &m.r
+	if r.Phase != Adopting {
+		now.Adopt = r.Spec.Adopt
+		return nil
+	}
+	if r.Claim != nil && m.now.Before(r.Claim.Until) {
+		return m.refuse("its adoption is being tried just now: try again in a moment")
+	}
+	r.Parked, r.Failure = nil, nil
+	if now.Adopt != nil {
+		r.Candidate.ID, r.Adopted = now.Adopt.Version, now.Adopt.Version
+		m.enter(Adopting)
+		return nil
+	}
+	r.Doubtful = append(r.Doubtful, published(*r.Candidate)) // a dead worker may have published it
+	r.Candidate, r.Adopted = nil, ""
+	m.enter(Idle)
+	r.NextRotation = m.now
+	return nil
+}
+
 // kill raises the epoch and takes every version out of service, whatever is in flight.
 func (m *machine) kill(q Request) error {
 	r := &m.r
 	if q.Incident == "" {
 		return m.refuse("an emergency needs an incident id")
 	}
-	if r.LastIncident == q.Incident {
+	if r.Ordered(q.Incident) {
 		return nil
 	}
 	for _, v := range r.Live() {
@@ -223,20 +251,28 @@ func (m *machine) kill(q Request) error {
 	}
 	m.order(q, ModeKill)
 	r.Candidate, r.Current, r.Old = nil, nil, nil
-	r.Swept, r.Proven, r.Residue = false, false, ""
+	r.Swept = false
 	r.NextRotation, r.GapFrom = time.Time{}, time.Time{}
 	m.enter(Killing)
 	m.did(q.Actor, "kill", q.Reason)
 	return nil
 }
 
+// ordersKept is how many orders a record remembers. An order is marked as expanded once it has reached its records, and not
+// carried to them again.
+const ordersKept = 32
+
 // order raises the epoch for an emergency and clears what would hold it up.
 func (m *machine) order(q Request, mode string) {
 	r := &m.r
 	r.Epoch++
 	r.Emergency = &Emergency{Mode: mode, Incident: q.Incident, Reason: q.Reason, Actor: q.Actor, At: m.now, Epoch: r.Epoch}
-	r.LastIncident, r.Reason = q.Incident, mode
-	r.Parked, r.Hold, r.Failed, r.Failure, r.Bounced = nil, false, 0, nil, 0
+	r.Reason = mode
+	if r.Orders = append(r.Orders, q.Incident); len(r.Orders) > ordersKept {
+		r.Orders = r.Orders[len(r.Orders)-ordersKept:]
+	}
+	r.Parked, r.Hold, r.Failed, r.Denied, r.Failure, r.Bounced = nil, false, 0, 0, nil, 0
+	r.Proven, r.Residue = false, ""
 }
 
 // replace raises the epoch, ends what is in flight, and goes for a new version; the old one gets no overlap.
@@ -245,7 +281,7 @@ func (m *machine) replace(q Request) error {
 	if q.Incident == "" {
 		return m.refuse("an emergency needs an incident id")
 	}
-	if r.LastIncident == q.Incident {
+	if r.Ordered(q.Incident) {
 		return nil
 	}
 	switch {
