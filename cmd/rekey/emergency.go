@@ -154,8 +154,10 @@ func (a *app) waitIncident(ctx context.Context, client *api.Client, i api.Incide
 			switch {
 			case p.Problem != "" && !p.Disabled:
 				text = p.Problem
-			case done.Mode == credential.ModeReplace:
+			case done.Mode == credential.ModeReplace && p.Proven:
 				text = "replaced; the old version is proven dead"
+			case done.Mode == credential.ModeReplace && p.Disabled:
+				text = "replaced; the old version is gone, says the issuer; not proven by login"
 			case p.Proven:
 				text = "every version is disabled, and was refused at a login"
 			case p.Disabled:

@@ -47,12 +47,11 @@ func TestApply(t *testing.T) {
 	}
 	apply(q, "target db create; credential orders/cache create; credential orders/db create")
 	apply(q, "")
-	spaced := declare("orders/db", "orders/cache")
-	for id, s := range spaced.Credentials { // the same, written otherwise
-		s.Fields = json.RawMessage(strings.Replace(string(s.Fields), ":", " :  ", 1))
-		spaced.Credentials[id] = s
+	body, _ := json.Marshal(q) // the same, written otherwise
+	spaced := strings.NewReplacer(`{"role":"orders.db"}`, `{ "role" :  "orders.db" }`, `{"host":`, `{"h\u006fst" : `).Replace(string(body))
+	if res, answer := e.raw(http.MethodPost, "/v1/apply", ci.token, strings.NewReader(spaced)); spaced == string(body) || res.StatusCode != http.StatusOK || strings.Contains(answer, `"update"`) {
+		t.Errorf("the same with other spaces: %d %s", res.StatusCode, answer)
 	}
-	apply(spaced, "")
 	r, _, err := e.ledger.Get(ctx, "orders/db")
 	if err != nil || r.Rev != 1 || r.Entry.Actor != "ci" || !r.Managed || r.Due.IsZero() {
 		t.Errorf("record: %+v %v", r, err)
@@ -138,7 +137,7 @@ func TestApplyRefusedByState(t *testing.T) {
 	e.drive("orders/db", credential.Draining)
 	q = declare("orders/db", "orders/new")
 	s := q.Credentials["orders/db"]
-	s.Fields = json.RawMessage(`{"role":"other"}`)
+	s.Store = "elsewhere"
 	q.Credentials["orders/db"] = s
 	q.DryRun = true
 	out, err := e.admin.Apply(ctx, q)
@@ -147,7 +146,32 @@ func TestApplyRefusedByState(t *testing.T) {
 	}
 	q.DryRun = false
 	_, err = e.admin.Apply(ctx, q)
-	refused(t, err, http.StatusConflict, "nothing was changed", "credentials.orders/db", "cannot change while it is in phase draining")
+	refused(t, err, http.StatusConflict, "nothing was changed", "credentials.orders/db", "consumers read it in store files")
+	if _, _, err := e.ledger.Get(ctx, "orders/new"); !errors.Is(err, credential.ErrNotFound) {
+		t.Errorf("the other one was made: %v", err)
+	}
+	// What only the machine knows is asked of it: an adoption that a worker tries at this moment is not to be changed.
+	q = declare("orders/db", "orders/taken")
+	s = q.Credentials["orders/taken"]
+	s.Adopt = &credential.Adopt{Version: "a", Material: map[string]string{"password": "env:OLD"}}
+	q.Credentials["orders/taken"] = s
+	e.apply(q)
+	r, seq, err := e.ledger.Get(ctx, "orders/taken")
+	if err != nil {
+		t.Fatal(err)
+	}
+	claimed, _, err := credential.Next(r, credential.Tick{Worker: "w"}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.ledger.Commit(ctx, claimed, seq); err != nil {
+		t.Fatal(err)
+	}
+	s.Purpose = "another"
+	q.Credentials["orders/taken"] = s
+	q.Credentials["orders/new"] = spec("orders.new")
+	_, err = e.admin.Apply(ctx, q)
+	refused(t, err, http.StatusConflict, "credentials.orders/taken", "its adoption is being tried just now")
 	if _, _, err := e.ledger.Get(ctx, "orders/new"); !errors.Is(err, credential.ErrNotFound) {
 		t.Errorf("the other one was made: %v", err)
 	}
@@ -176,6 +200,9 @@ func TestApplyResumes(t *testing.T) {
 
 	died := 0
 	for n := 0; ; n++ {
+		if n > 50 {
+			t.Fatal("it never ends")
+		}
 		f.set(0, 0, -1)
 		e.apply(before)
 		made, _, err := e.ledger.Get(ctx, "orders/made")
@@ -225,9 +252,13 @@ func TestApplyResumes(t *testing.T) {
 	t.Logf("died %d times", died)
 	// Lost replies change nothing either.
 	e.apply(before)
-	f.set(5, 0, -1)
+	after.Credentials["orders/lost"] = spec("orders.lost")
+	f.set(50, 0, -1)
 	if out, err := e.admin.Apply(ctx, after); err != nil || out.Failed > 0 {
 		t.Errorf("with lost replies: %+v %v", out, err)
+	}
+	if r, _, err := e.ledger.Get(ctx, "orders/lost"); err != nil || r.Rev != 1 {
+		t.Errorf("made, its reply lost: rev %d, %v", r.Rev, err)
 	}
 	if v, err := e.admin.Verify(ctx); err != nil || v.Found > 0 {
 		t.Errorf("verify: %+v %v", v, err)

@@ -79,7 +79,8 @@ func NewClient(c ClientConfig) (*Client, error) {
 		c.Timeout = time.Minute
 	}
 	transport := &http.Transport{
-		MaxIdleConns: 4, IdleConnTimeout: time.Minute, ResponseHeaderTimeout: 0, TLSClientConfig: c.TLS,
+		// A connection for each request: a server under siege closes idle ones, and a request on one would fail in the dark.
+		DisableKeepAlives: true, TLSClientConfig: c.TLS,
 		TLSHandshakeTimeout: 5 * time.Second, DisableCompression: true,
 	}
 	dialer := &net.Dialer{Timeout: 5 * time.Second}

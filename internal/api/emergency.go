@@ -188,21 +188,23 @@ func (s *Server) progress(ctx context.Context, i credential.Incident) Incident {
 // progressOf says how far order i has come for r.
 func progressOf(i credential.Incident, r credential.Record) Progress {
 	p := Progress{ID: string(r.ID), State: r.State(), Phase: string(r.Phase), Residual: r.Residue}
-	under := r.LastIncident == i.ID
-	p.Reached = under || i.Expanded
+	reached, last := r.Ordered(i.ID), r.LastIncident() == i.ID
+	p.Reached = reached || i.Expanded
 	switch {
 	case r.Parked != nil:
 		p.Problem = r.Parked.Message
 	case r.Failure != nil:
 		p.Problem = r.Failure.Message
-	case i.Expanded && !under:
-		p.Problem = "the record refused the order, or is under a later one"
 	}
 	switch {
-	case !under: // refused, overtaken, or on its way: there is nothing to wait for once it was expanded
-		p.Done = i.Expanded
+	case !reached: // refused, or still on its way: there is nothing to wait for once it was expanded
+		if p.Done = i.Expanded; p.Done {
+			p.Problem = "the record refused the order"
+		}
+	case !last: // a later order carries on what this one began
+		p.Done, p.Problem = true, "overtaken by incident "+r.LastIncident()
 	case r.Emergency == nil: // over: restored after a kill, or replaced
-		p.Disabled, p.Proven, p.Done = true, i.Mode == credential.ModeReplace || r.Proven, true
+		p.Disabled, p.Proven, p.Done = true, r.Proven, true
 	case i.Mode == credential.ModeKill:
 		p.Disabled = r.Phase != credential.Killing
 		p.Proven, p.Done = r.Proven, r.Phase == credential.Suspended || r.Phase == credential.SweepingKill

@@ -57,9 +57,9 @@ type Credential struct {
 	Emergency *Emergency `json:"emergency,omitempty"`
 	// LastIncident is the last emergency order that reached the credential.
 	LastIncident string `json:"last_incident,omitempty"`
-	Proven       bool   `json:"proven,omitempty" doc:"After a kill: every version was refused at a login"`
+	Proven       bool   `json:"proven,omitempty" doc:"What the last revocation ended was refused at a login"`
 	Swept        bool   `json:"swept,omitempty" doc:"After a kill: the second sweep is done"`
-	Residual     string `json:"residual,omitempty" doc:"After a kill: why it is not proven, or what outlives it"`
+	Residual     string `json:"residual,omitempty" doc:"Why it is not proven, or what outlives it"`
 }
 
 // Version is one generation at the issuer.
@@ -101,7 +101,7 @@ func (s *Server) view(r credential.Record, now time.Time) Credential {
 		Every: r.Spec.Every.String(), LastRotation: r.LastRotation, NextRotation: r.NextRotation, OverlapUntil: r.OverlapUntil(),
 		Overdue: r.Overdue, Paused: r.Paused, Hold: r.Hold,
 		Parked: failure(r.Parked), Failure: failure(r.Failure), Attempt: r.Attempt, RetryAt: r.RetryAt, Failed: r.Failed,
-		LastIncident: r.LastIncident, Proven: r.Proven, Swept: r.Swept, Residual: r.Residue,
+		LastIncident: r.LastIncident(), Proven: r.Proven, Swept: r.Swept, Residual: r.Residue,
 	}
 	for _, v := range r.Dead {
 		c.Dead = append(c.Dead, *version(&v))
