@@ -171,6 +171,12 @@ func PlanFor(t rotators.Traits, allowGap bool) (Plan, error) {
 	}
 }
 
+var reference = regexp.MustCompile(`^(file:.+|env:[A-Za-z_][A-Za-z0-9_]*)$`)
+
+// IsReference reports whether s has the form of a reference to a secret: file:/path or env:NAME. Anything else may be a secret
+// and must not be kept or shown.
+func IsReference(s string) bool { return reference.MatchString(s) }
+
 // Validate returns every problem of s, joined. It does not look at what the provider's fields mean.
 func (s Spec) Validate() error {
 	var errs []error
@@ -204,8 +210,15 @@ func (s Spec) Validate() error {
 		}
 		seen[c.Name] = true
 	}
-	if s.Adopt != nil && (s.Adopt.Version == "" || len(s.Adopt.Material) == 0) {
-		bad("adopt: wants the version's id and references to its secret")
+	if s.Adopt != nil {
+		if s.Adopt.Version == "" || len(s.Adopt.Material) == 0 {
+			bad("adopt: wants the version's id and references to its secret")
+		}
+		for name, ref := range s.Adopt.Material {
+			if !IsReference(ref) { // perhaps the secret itself: it must not be shown
+				bad("adopt.material.%s: want a reference, file:/path or env:NAME, never the secret itself", clip(name))
+			}
+		}
 	}
 	if _, err := PlanFor(s.Traits, s.AllowGap); err != nil {
 		errs = append(errs, err)

@@ -62,6 +62,9 @@ type CredentialConfig struct {
 // roleName is stricter than PostgreSQL, which would accept nearly anything between quotes.
 var roleName = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
 
+// reference is the form of a reference to a secret.
+var reference = regexp.MustCompile(`^(file:.+|env:[A-Za-z_][A-Za-z0-9_]*)$`)
+
 // databaseName has no character with a meaning in a connection URL.
 var databaseName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$`)
 
@@ -94,8 +97,11 @@ func (c TargetConfig) Validate() error {
 	if c.Admin.Username == "" || len(c.Admin.Username) > 63 || strings.ContainsFunc(c.Admin.Username, control) {
 		bad("admin.username %q: want the name of a role", clip(c.Admin.Username))
 	}
-	if c.Admin.Password == "" {
+	switch {
+	case c.Admin.Password == "":
 		bad("admin.password: missing; want a reference, such as file:/run/secrets/pg-admin")
+	case !reference.MatchString(c.Admin.Password): // perhaps the password itself: it must not be shown
+		bad("admin.password: want a reference, such as file:/run/secrets/pg-admin or env:PG_ADMIN, never the password itself")
 	}
 	switch c.TLS.Mode {
 	case "", VerifyFull, VerifyCA, Require:
