@@ -67,7 +67,7 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	w := &world{t: t, dir: dir}
 	data := filepath.Join(dir, "data")
 	node, err := ledger.StartEmbedded(ledger.EmbeddedConfig{DataDir: data})

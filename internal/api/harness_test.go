@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -74,7 +73,7 @@ func start(t *testing.T, change ...func(*Config)) *env {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	srv, err := ledger.StartEmbedded(ledger.EmbeddedConfig{DataDir: filepath.Join(dir, "data")})
 	if err != nil {
 		t.Fatal(err)
@@ -242,11 +241,6 @@ func (e *env) raw(method, path, token string, body io.Reader) (*http.Response, s
 	defer res.Body.Close()
 	b, _ := io.ReadAll(io.LimitReader(res.Body, 8<<20))
 	return res, string(b)
-}
-
-func jsonBody(v any) io.Reader {
-	b, _ := json.Marshal(v)
-	return bytes.NewReader(b)
 }
 
 // refused wants an answer of this status that says each of these.

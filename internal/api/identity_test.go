@@ -135,7 +135,7 @@ func TestListen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	path := filepath.Join(dir, "s")
 	l, err := Listen(ListenConfig{Address: "unix:" + path})
 	if err != nil {

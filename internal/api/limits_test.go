@@ -103,7 +103,7 @@ func TestSlowClients(t *testing.T) {
 	}
 	t.Logf("kill beside 1000 slow clients: %s", time.Since(began))
 	// The oldest was closed to make room, long before its header's time was over.
-	conns[0].SetReadDeadline(time.Now().Add(headerTimeout / 5))
+	_ = conns[0].SetReadDeadline(time.Now().Add(headerTimeout / 5))
 	if _, err := conns[0].Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
 		t.Errorf("the oldest slow client is still connected: %v", err)
 	}
@@ -125,7 +125,7 @@ func TestSlowBody(t *testing.T) {
 	defer c.Close()
 	fmt.Fprintf(c, "POST /v1/apply HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Length: 1000\r\n\r\n{", e.admin.token)
 	e.apply(declare("orders/db")) // while the other one dribbles
-	c.SetReadDeadline(time.Now().Add(15 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(15 * time.Second))
 	res, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +147,7 @@ func TestConcurrencyLimits(t *testing.T) {
 			res, err := e.admin.send(ctx, http.MethodGet, "/v1/events", StreamQuery{Follow: true}.values(), nil)
 			open <- err
 			if err == nil {
-				io.Copy(io.Discard, res.Body)
+				_, _ = io.Copy(io.Discard, res.Body)
 				res.Body.Close()
 			}
 		}()
