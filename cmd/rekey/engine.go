@@ -47,6 +47,7 @@ type engine struct {
 	nc      *nats.Conn
 	node    *ledger.Embedded // nil with an external NATS
 	ledger  *ledger.Ledger
+	clock   *ledger.Clock // the ledger's, so that all processes compare deadlines in one
 	stores  *openStores
 	metrics *api.Metrics
 	closers []func() error
@@ -75,6 +76,7 @@ func (e *engine) run(ctx context.Context) (err error) {
 	if e.node != nil {
 		g.Go(func() error { return e.watchNode(gctx) })
 	}
+	g.Go(func() error { return e.clock.Run(gctx) })
 	if e.roles.api {
 		if err := e.serveAPI(gctx, g); err != nil {
 			g.Go(func() error { return err })
@@ -82,7 +84,7 @@ func (e *engine) run(ctx context.Context) (err error) {
 		}
 	}
 	if e.roles.scheduler {
-		s := scheduler.New(scheduler.Config{Ledger: e.ledger, Name: "scheduler " + processName(), Logger: e.log})
+		s := scheduler.New(scheduler.Config{Ledger: e.ledger, Name: "scheduler " + processName(), Now: e.clock.Now, Logger: e.log})
 		g.Go(func() error { return s.Run(gctx) })
 	}
 	if e.roles.worker {
@@ -121,6 +123,9 @@ func (e *engine) open(ctx context.Context) error {
 	}
 	e.ledger = l
 	e.closers = append(e.closers, func() error { l.Close(); return nil })
+	if e.clock, err = ledger.NewClock(ctx, l); err != nil {
+		return err
+	}
 	e.stores = &openStores{configured: e.cfg.Stores}
 	e.closers = append(e.closers, e.stores.close)
 	if !e.roles.worker {
@@ -192,7 +197,7 @@ func (e *engine) worker(guard *workers.Guard) *workers.Worker {
 		Rotator: func(_ context.Context, t credential.Target, r credential.Record) (rotators.Rotator, error) {
 			return rotator(t, r.ID, r.Spec, r.Adopted)
 		},
-		Blocked: guard.Blocked, Paused: guard.Paused, Observe: e.observe, Random: rand.Reader, Logger: e.log,
+		Blocked: guard.Blocked, Paused: guard.Paused, Observe: e.observe, Random: rand.Reader, Now: e.clock.Now, Logger: e.log,
 	})
 }
 

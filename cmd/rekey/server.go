@@ -117,7 +117,7 @@ func (e *engine) serveAPI(ctx context.Context, g *errgroup.Group) error {
 		return err
 	}
 	s, err := api.New(api.Config{
-		Ledger: e.ledger, Identities: identities, Kinds: kinds(), Probe: prober(e.log), Metrics: e.metrics, Logger: e.log, Version: version(),
+		Ledger: e.ledger, Identities: identities, Kinds: kinds(), Probe: prober(e.log), Metrics: e.metrics, Now: e.clock.Now, Logger: e.log, Version: version(),
 		Store: func(name string) bool { _, ok := e.cfg.Stores[name]; return ok },
 		Reference: func(name, id string) string {
 			s, err := e.stores.get(name)
