@@ -16,7 +16,7 @@ func TestClockFollowsTheServer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if off := c.Now().Sub(time.Now()).Abs(); off > 30*time.Second { // a slow machine may be far off, but not by hours
+		if off := time.Until(c.Now()).Abs(); off > 30*time.Second { // a slow machine may be far off, but not by hours
 			t.Errorf("a clock that is off by %s is corrected to %s off", skew, off)
 		}
 		if got := (c.Offset() + skew).Abs(); got > 30*time.Second {

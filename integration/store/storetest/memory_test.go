@@ -26,7 +26,7 @@ func memoryHarness() Harness {
 				var armed atomic.Bool
 				armed.Store(true)
 				m.SetHook(func(_ context.Context, c Call) Fate {
-					if c.Method != "Get" && armed.CompareAndSwap(true, false) {
+					if c.Method != "Get" && armed.CompareAndSwap(true, false) { //nolint:usestdlibvars // the store's method
 						return fates[point]
 					}
 					return Proceed
