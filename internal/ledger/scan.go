@@ -13,11 +13,76 @@ import (
 type scan struct {
 	stream string
 	filter string
-	last   bool      // begin with the last message of each subject
+	last   bool      // begin with the last message of each subject; of LedgerStream only
 	from   uint64    // begin at this sequence; 0: at the first
 	since  time.Time // begin at this time; zero: at the first
 	follow bool      // go on with what is written later, until the context ends
 	ready  func()    // called once, when everything that existed has been read
+
+	// What existed at the start: the subjects of a scan of last messages, the last sequence of any other. The number of
+	// pending messages that the server tells cannot be used for that: it reaches zero early while messages are replaced.
+	begun   bool
+	missing map[string]bool
+	until   uint64
+	looked  time.Time // when missing subjects were last looked for
+}
+
+// begin notes what exists.
+func (s *scan) begin(ctx context.Context, l *Ledger) error {
+	if s.begun || s.follow && s.ready == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	if s.last {
+		info, err := l.stream.Info(ctx, jetstream.WithSubjectFilter(s.filter))
+		if err != nil {
+			return err
+		}
+		s.missing = map[string]bool{}
+		for subject := range info.State.Subjects {
+			s.missing[subject] = true
+		}
+	} else {
+		m, err := l.message(ctx, s.stream, map[string]any{"last_by_subj": s.filter})
+		if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
+			return err
+		}
+		s.until = m.Seq
+	}
+	s.begun = true
+	return nil
+}
+
+// complete reports whether everything that existed has been read, up to the message before s.from.
+func (s *scan) complete() bool {
+	return s.begun && len(s.missing) == 0 && (s.last || s.until == 0 || s.from > s.until)
+}
+
+// caughtUp reports whether to end, and says once that everything that existed has been read.
+func (s *scan) caughtUp() bool {
+	if s.complete() && s.ready != nil {
+		s.ready()
+		s.ready = nil
+	}
+	return s.complete() && !s.follow
+}
+
+// forget drops from missing what exists no longer: a schedule that rang or was cancelled will not be delivered.
+func (s *scan) forget(ctx context.Context, l *Ledger) error {
+	if s.looked = time.Now(); !s.begun {
+		return nil
+	}
+	for subject := range s.missing {
+		_, err := l.last(ctx, subject)
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			delete(s.missing, subject)
+		case err != nil:
+			return fmt.Errorf("look for what is missing: %w", err)
+		}
+	}
+	return nil
 }
 
 // Every pull has a heartbeat and an expiry: without them pull consumers were seen to stall for 30 s.
@@ -26,7 +91,8 @@ const (
 	pullExpiry    = 4 * time.Second
 	pullBatch     = 500
 	rescanAfter   = 250 * time.Millisecond
-	rescans       = 5 // in a row without progress, unless following
+	lookAfter     = 50 * time.Millisecond // between two looks for what is missing
+	rescans       = 5                     // in a row without progress, unless following
 )
 
 // errGap means that a message of an ephemeral consumer did not arrive: the scan goes on behind the last one that did.
@@ -61,51 +127,41 @@ func (l *Ledger) scan(ctx context.Context, s scan, fn func(jetstream.Msg, *jetst
 
 // scanOnce reads through one ephemeral consumer and moves s.from behind each message. done means not to go on.
 func (l *Ledger) scanOnce(ctx context.Context, s *scan, fn func(jetstream.Msg, *jetstream.MsgMetadata) error) (done bool, err error) {
-	cfg := jetstream.ConsumerConfig{
-		FilterSubject: s.filter, AckPolicy: jetstream.AckNonePolicy, MemoryStorage: true, Replicas: 1,
-		InactiveThreshold: time.Minute, DeliverPolicy: jetstream.DeliverAllPolicy,
+	if err := s.begin(ctx, l); err != nil {
+		return false, fmt.Errorf("look at stream: %w", err)
 	}
-	switch {
-	case s.from > 0:
-		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, s.from
-	case s.last:
-		cfg.DeliverPolicy = jetstream.DeliverLastPerSubjectPolicy
-	case !s.since.IsZero():
-		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &s.since
+	if s.caughtUp() {
+		return true, nil
 	}
-	create, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
-	defer cancel()
-	cons, err := l.js.CreateConsumer(create, s.stream, cfg)
+	cons, err := l.scanner(ctx, s)
 	if err != nil {
 		return false, fmt.Errorf("create consumer: %w", err)
 	}
-	info := cons.CachedInfo()
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), l.cfg.Timeout)
 		defer cancel()
-		_ = l.js.DeleteConsumer(ctx, s.stream, info.Name) // else the server does it after a minute
+		_ = l.js.DeleteConsumer(ctx, s.stream, cons.CachedInfo().Name) // else the server does it after a minute
 	}()
-	caughtUp := func() bool {
-		if s.ready != nil {
-			s.ready()
-			s.ready = nil
+	if cons.CachedInfo().NumPending == 0 {
+		s.until = 0 // what is there is older than s.since
+		if err := s.forget(ctx, l); err != nil {
+			return false, err
 		}
-		return !s.follow
-	}
-	if info.NumPending == 0 && caughtUp() {
-		return true, nil
+		if s.caughtUp() {
+			return true, nil
+		}
 	}
 	expiry := pullExpiry
 	if !s.follow {
 		expiry = 2 * pullHeartbeat
 	}
-	var delivered uint64
+	var delivered uint64 // to this consumer
 	for {
 		batch, err := cons.Fetch(pullBatch, jetstream.FetchMaxWait(expiry), jetstream.FetchHeartbeat(pullHeartbeat))
 		if err != nil {
 			return false, fmt.Errorf("pull: %w", err)
 		}
-		received := 0
+		before := delivered
 		for more := true; more; {
 			var m jetstream.Msg
 			select {
@@ -120,7 +176,6 @@ func (l *Ledger) scanOnce(ctx context.Context, s *scan, fn func(jetstream.Msg, *
 			if err != nil {
 				return false, err
 			}
-			received++
 			if delivered++; meta.Sequence.Consumer != delivered {
 				return false, errGap
 			}
@@ -128,26 +183,69 @@ func (l *Ledger) scanOnce(ctx context.Context, s *scan, fn func(jetstream.Msg, *
 				return true, err
 			}
 			s.from = meta.Sequence.Stream + 1
-			if meta.NumPending == 0 && caughtUp() {
+			delete(s.missing, m.Subject())
+			if meta.NumPending == 0 && len(s.missing) > 0 && time.Since(s.looked) > lookAfter {
+				if err := s.forget(ctx, l); err != nil {
+					return false, err
+				}
+			}
+			if s.caughtUp() {
 				return true, nil
 			}
 		}
 		if err := batch.Error(); err != nil {
 			return false, fmt.Errorf("pull: %w", err)
 		}
-		if received == 0 { // what was pending may have been replaced or expired
-			look, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
-			info, err := cons.Info(look)
-			cancel()
-			if err != nil {
-				return false, fmt.Errorf("look at consumer: %w", err)
+		if delivered == before {
+			if err := l.idle(ctx, s, cons, delivered); err != nil {
+				return false, err
 			}
-			if info.Delivered.Consumer != delivered {
-				return false, errGap
-			}
-			if info.NumPending == 0 && caughtUp() {
+			if s.caughtUp() {
 				return true, nil
 			}
 		}
 	}
+}
+
+// scanner makes the consumer that begins where s is.
+func (l *Ledger) scanner(ctx context.Context, s *scan) (jetstream.Consumer, error) {
+	cfg := jetstream.ConsumerConfig{
+		FilterSubject: s.filter, AckPolicy: jetstream.AckNonePolicy, MemoryStorage: true, Replicas: 1,
+		InactiveThreshold: time.Minute, DeliverPolicy: jetstream.DeliverAllPolicy,
+	}
+	switch {
+	case s.from > 0:
+		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, s.from
+	case s.last:
+		cfg.DeliverPolicy = jetstream.DeliverLastPerSubjectPolicy
+	case !s.since.IsZero():
+		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &s.since
+	}
+	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	return l.js.CreateConsumer(ctx, s.stream, cfg)
+}
+
+// idle looks, when nothing came for a while, whether something should have come.
+func (l *Ledger) idle(ctx context.Context, s *scan, cons jetstream.Consumer, delivered uint64) error {
+	look, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	info, err := cons.Info(look)
+	if err != nil {
+		return fmt.Errorf("look at consumer: %w", err)
+	}
+	if info.Delivered.Consumer != delivered {
+		return errGap
+	}
+	if info.NumPending == 0 {
+		s.until = 0 // the last one has expired
+	}
+	if err := s.forget(ctx, l); err != nil {
+		return err
+	}
+	if len(s.missing) > 0 { // it exists and does not come
+		s.from = 0
+		return errGap
+	}
+	return nil
 }
