@@ -443,9 +443,14 @@ func TestTwoSubscribersOnOneDurable(t *testing.T) {
 		return nil
 	}
 	o := Options{Durable: "api", All: true, AckWait: time.Second}
-	one, two := subscribe(t, b.connect(), Filter{}, o, note), subscribe(t, b.connect(), Filter{}, o, note)
+	one := subscribe(t, b.connect(), Filter{}, o, note)
 	ids := []string{"orders/db", "billing/db"}
-	for rev := uint64(1); rev <= 40; rev++ {
+	for _, id := range ids { // who gets how much of the rest is up to the server
+		b.publish(sample(id, 1, Rotated))
+	}
+	one.wait(2)
+	two := subscribe(t, b.connect(), Filter{}, o, note)
+	for rev := uint64(2); rev <= 40; rev++ {
 		for _, id := range ids {
 			b.publish(sample(id, rev, Rotated))
 		}
