@@ -51,11 +51,14 @@ var errSilent = errors.New("")
 func codeOf(err error) int {
 	var e *exit
 	var answer *api.Error
+	var wrong config.Problems
 	switch {
 	case err == nil:
 		return exitOK
 	case errors.As(err, &e):
 		return e.code
+	case errors.As(err, &wrong):
+		return exitUsage
 	case errors.Is(err, api.ErrUnreachable):
 		return exitUnreachable
 	case !errors.As(err, &answer):

@@ -69,7 +69,7 @@ to do. References to secrets are checked for their form, not read.`,
 				if err := a.print(map[string]any{"valid": false, "problems": problems}, nil); err != nil {
 					return err
 				}
-				return errSilent
+				return &exit{exitUsage, errSilent}
 			}
 			if err != nil {
 				return err

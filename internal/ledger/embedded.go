@@ -128,8 +128,13 @@ func (e *Embedded) start(store string) error {
 	}
 	e.ns.SetLoggerV2(e.log, false, false, false)
 	e.ns.Start()
-	if !e.ns.ReadyForConnections(e.cfg.Timeout) {
-		return fmt.Errorf("not ready after %s: %w", e.cfg.Timeout, e.Err())
+	for deadline := time.Now().Add(e.cfg.Timeout); !e.ns.ReadyForConnections(100 * time.Millisecond); {
+		if fatal := e.log.lastFatal(); fatal != "" { // such as a port that is taken: it will not become ready
+			return errors.New(fatal)
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("not ready after %s: %w", e.cfg.Timeout, e.Err())
+		}
 	}
 	if err := e.Err(); err != nil {
 		return err
