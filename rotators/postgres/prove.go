@@ -72,8 +72,8 @@ func (r *Rotator) proveOn(ctx context.Context, op rotators.Op, h host, role, pas
 		want = role
 	}
 	if session != role || current != want {
-		return rotators.Unknown, fmt.Errorf("%w: on %s it is %q and acts as %q instead of %q; look at ALTER ROLE … SET role and at its membership in the owner",
-			errPrivilege, h, session, current, want)
+		return rotators.Unknown, fmt.Errorf("%w: on %s it is %q and acts as %q instead of %q; run: GRANT %[6]s TO %[7]s; ALTER ROLE %[7]s SET ROLE %[6]s",
+			errPrivilege, h, session, current, want, pgx.Identifier{want}.Sanitize(), pgx.Identifier{role}.Sanitize())
 	}
 	if r.spec.Probe == "" {
 		return rotators.Accepted, nil
