@@ -174,18 +174,44 @@ func (e *engine) connect(ctx context.Context) error {
 	return nil
 }
 
-// watchNode ends the process when the embedded server can no longer serve, so that whoever supervises it notices.
+// How often the embedded ledger is tried by a commit of its own, and how long that may fail in a row.
+const (
+	commitEvery    = 10 // seconds
+	commitPatience = 10 * time.Second
+)
+
+// watchNode ends the process when the embedded server can no longer serve, so that whoever supervises it notices. A stream whose disk was
+// full refuses every commit until a restart, also when there is space again.
 func (e *engine) watchNode(ctx context.Context) error {
 	t := time.NewTicker(time.Second)
 	defer t.Stop()
-	for {
+	var failing time.Time
+	for beat := 1; ; beat++ {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-t.C:
-			if err := e.node.Err(); err != nil {
-				return fmt.Errorf("embedded NATS: %w", err)
+		}
+		if err := e.node.Err(); err != nil {
+			return fmt.Errorf("embedded NATS: %w", err)
+		}
+		if failing.IsZero() && beat%commitEvery != 0 {
+			continue
+		}
+		err := e.ledger.Check(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err == nil:
+			failing = time.Time{}
+		case failing.IsZero():
+			failing = time.Now()
+			e.log.Error("embedded NATS", "error", err, "disk", e.node.Disk())
+		case time.Since(failing) > commitPatience:
+			if disk := e.node.Disk(); disk != nil {
+				return fmt.Errorf("embedded NATS: %w: %w; make space, then start again", err, disk)
 			}
+			return fmt.Errorf("embedded NATS: %w; start again", err)
 		}
 	}
 }

@@ -38,8 +38,8 @@ func (s *site) run(name, role, config string) *process {
 	}
 	defer out.Close()
 	p.cmd = exec.Command(s.bin, role, "--config", config)
-	p.cmd.Stdout, p.cmd.Stderr, p.cmd.Env = out, out, environment()
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	p.cmd.Stdout, p.cmd.Stderr, p.cmd.Env = out, out, append(environment(), s.env...)
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Credential: s.user}
 	started := make(chan error)
 	p.exited = make(chan struct{})
 	go func() {
@@ -154,22 +154,29 @@ type result struct {
 
 func (r result) all() string { return r.out + r.errors }
 
-// cli runs a command with the configuration to its end, for at most two minutes.
+// cli runs a command with the configuration to its end, for at most two minutes. What it says is searched for secrets later.
 func (s *site) cli(config string, args ...string) result {
+	s.t.Helper()
+	r := s.quietly(config, args...)
+	s.said.add(r.all())
+	return r
+}
+
+// quietly is cli for a command that is to say a secret.
+func (s *site) quietly(config string, args ...string) result {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.t.Context()), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, s.bin, append(args, "--config", config)...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr, cmd.Env, cmd.Dir = &out, &errs, environment(), s.dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.user}
 	err := cmd.Run()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		s.t.Fatalf("rekey %v: %v", args, err)
 	}
-	r := result{cmd.ProcessState.ExitCode(), out.String(), errs.String()}
-	s.said.add(r.all())
-	return r
+	return result{cmd.ProcessState.ExitCode(), out.String(), errs.String()}
 }
 
 // must is cli, with exit code 0.

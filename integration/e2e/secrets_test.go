@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
@@ -12,6 +13,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/rekeyhq/rekey/integration/store"
+	"github.com/rekeyhq/rekey/rotators"
 )
 
 // forms are the ways in which a secret may leak. Passwords hold only letters that URLs and JSON leave as they are.
@@ -145,5 +150,81 @@ func TestFormsOfASecretAreFound(t *testing.T) {
 	}
 	if f := finds([]byte(secret[1:]), []string{secret}); len(f) > 0 {
 		t.Errorf("found in something else: %v", f)
+	}
+}
+
+// TestSecretsDoNotLeak goes through every way in which a credential can change, with failures, and then searches everything that can be
+// read from outside for every secret that the store has held. A canary that is put into each place shows that the search sees it.
+func TestSecretsDoNotLeak(t *testing.T) {
+	t.Parallel()
+	took(t)
+	s := newSite(t, 2)
+	s.every = "0s"
+	canary := "canary-" + rand.Text()
+	s.env = []string{"E2E_CANARY=" + canary}
+	config := s.configure("one")
+	p := s.run("one", "server", config)
+	s.ready(p)
+	s.begin(config)
+	clients := s.consume(0) // only watchers: they collect
+	one, two := string(s.pairs[0].id), string(s.pairs[1].id)
+	s.must(config, "rotate", one, "--wait=revoked", "--reason", canary)
+	s.must(config, "rotate", one, "--wait")
+	s.must(config, "rollback", one)
+	s.settled(config)
+	s.must(config, "replace", two, "--reason", "leak", "--yes", "--wait")
+	s.settled(config)
+	clients.stop() // a kill ends what consumers hold
+	s.must(config, "kill", two, "--reason", "leak", "--yes", "--wait")
+	s.must(config, "restore", two)
+	s.settled(config)
+	s.sql("ALTER ROLE %s_adm NOCREATEROLE", s.name) // an error of the issuer, with its message
+	s.must(config, "rotate", one)
+	eventually(t, 60*time.Second, "the rotation is parked", func() (bool, string) {
+		out := s.must(config, "status", one)
+		return strings.Contains(out, "parked"), out
+	})
+	s.sql("ALTER ROLE %s_adm CREATEROLE", s.name)
+	s.must(config, "resume", one)
+	s.settled(config)
+
+	secrets := clients.seen()
+	for _, id := range s.ids() {
+		secret, err := s.reader().Get(t.Context(), string(id), store.Current)
+		if err != nil {
+			t.Fatal(err)
+		}
+		password := string(secret.Material.Reveal(rotators.FieldPassword))
+		secrets = append(secrets, password)
+		// --reveal is the one way that shows it, and it does so without the server.
+		if r := s.quietly(config, "get", string(id), "--reveal", "--field", "password"); r.out != password {
+			t.Errorf("get --reveal says something else than the store")
+		}
+	}
+	s.searchForSecrets(config, secrets, 6, p)
+	s.judge(s.ledger(config))
+	s.verified(config)
+
+	s.sql("SELECT '%s'", canary)
+	if err := os.WriteFile(filepath.Join(s.dataDir(config), "canary"), []byte(base64.StdEncoding.EncodeToString([]byte("x"+canary))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	found := map[string]bool{}
+	for where, text := range s.evidence(config, p) {
+		if len(finds(text, []string{canary})) > 0 {
+			found[where] = true
+		}
+	}
+	nats := false
+	for where := range found {
+		nats = nats || strings.HasPrefix(where, filepath.Join(s.dataDir(config), "nats", "store"))
+	}
+	for _, where := range []string{fmt.Sprintf("/proc/%d/environ", p.pid()), filepath.Join(s.dataDir(config), "canary"), "rekey audit list --since all -o json", "log of PostgreSQL"} {
+		if !found[where] {
+			t.Errorf("the search does not see the canary in %s", where)
+		}
+	}
+	if !nats {
+		t.Error("the search does not see the canary in the files of NATS")
 	}
 }

@@ -5,12 +5,17 @@ package e2e
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -39,8 +44,10 @@ type site struct {
 	host  string // where the configuration says that the database is
 	port  int
 	every string
-	nats  *testserver.NATS // nil: embedded
-	said  transcript       // everything that commands printed
+	nats  *testserver.NATS    // nil: embedded
+	said  transcript          // everything that commands printed
+	user  *syscall.Credential // whom processes and commands run as; nil: ourselves
+	env   []string            // added to the environment of processes
 	// logged are the processes whose logs a failure shows.
 	logged map[string]bool
 }
@@ -120,6 +127,39 @@ func newSiteOn(t *testing.T, pg *testserver.Postgres, n int) *site {
 	return s
 }
 
+// unprivileged makes processes and commands run as nobody, if we are root, whom no permission binds.
+func (s *site) unprivileged() {
+	s.t.Helper()
+	if os.Geteuid() != 0 {
+		return
+	}
+	u, err := user.Lookup("nobody")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	uid, err1 := strconv.ParseUint(u.Uid, 10, 32)
+	gid, err2 := strconv.ParseUint(u.Gid, 10, 32)
+	if err := errors.Join(err1, err2, os.Chmod(shared.dir, 0o711)); err != nil {
+		s.t.Fatal(err)
+	}
+	s.user = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	s.own()
+}
+
+// own gives everything in the site's directory to the user that it runs as.
+func (s *site) own() {
+	s.t.Helper()
+	if s.user == nil {
+		return
+	}
+	err := filepath.WalkDir(s.dir, func(path string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Lchown(path, int(s.user.Uid), int(s.user.Gid)))
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+}
+
 func (s *site) sql(format string, args ...any) {
 	s.t.Helper()
 	if _, err := s.super.Exec(s.t.Context(), fmt.Sprintf(format, args...)); err != nil {
@@ -183,6 +223,11 @@ func (s *site) write(name, yaml string) string {
 	path := s.path(name + ".yaml")
 	if err := os.WriteFile(path, []byte(yaml), 0o600); err != nil {
 		s.t.Fatal(err)
+	}
+	if s.user != nil {
+		if err := os.Chown(path, int(s.user.Uid), int(s.user.Gid)); err != nil {
+			s.t.Fatal(err)
+		}
 	}
 	return path
 }

@@ -223,6 +223,9 @@ func TestDiskFull(t *testing.T) {
 	} else {
 		t.Logf("Check: %v; Err: %v", err, e.Err())
 	}
+	if err := e.Disk(); !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), data) {
+		t.Errorf("Disk says %v", err)
+	}
 	l.Close()
 	nc.Close()
 	e.Shutdown()

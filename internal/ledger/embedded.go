@@ -237,6 +237,14 @@ func (e *Embedded) Err() error {
 	return nil
 }
 
+// Disk says why the data directory cannot be written, nil if it can. It writes, syncs and removes a file.
+func (e *Embedded) Disk() error {
+	if err := probe(e.dir); err != nil {
+		return fmt.Errorf("data directory %s: %w", e.cfg.DataDir, err)
+	}
+	return nil
+}
+
 // Shutdown stops the server cleanly and releases the data directory. Close connections before. It may be called again.
 func (e *Embedded) Shutdown() { e.close.Do(e.stop) }
 
