@@ -102,8 +102,8 @@ func (s *Scheduler) Run(ctx context.Context) error {
 	})
 	g.Go(func() error {
 		return s.Ledger.WatchIncidents(ctx, func(i credential.Incident) {
-			if err := s.Expand(ctx, i); err != nil && ctx.Err() == nil {
-				s.Logger.Error("expand incident; the sweep tries again", "incident", i.ID, "error", err)
+			if !i.Expanded {
+				g.Go(func() error { s.insist(ctx, i); return nil })
 			}
 		}, nil)
 	})
@@ -120,6 +120,25 @@ func (s *Scheduler) Run(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+// orderPause is the wait before an order that could not be carried out is tried again.
+const orderPause = 2 * time.Second
+
+// insist carries out an order, again and again until that succeeds or ctx ends: an emergency does not wait for a sweep.
+func (s *Scheduler) insist(ctx context.Context, i credential.Incident) {
+	for {
+		err := s.Expand(ctx, i)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		s.Logger.Error("an order could not be carried out yet; it is tried again", "incident", i.ID, "error", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(orderPause):
+		}
+	}
 }
 
 // sweeps sweeps at once, then at each interval and whenever it is kicked, until ctx ends.

@@ -308,6 +308,54 @@ func TestOrderReachesEveryRecordAlthoughTheFirstTryDied(t *testing.T) {
 	})
 }
 
+// An order that meets a ledger which takes no commits is carried out as soon as it does, not at the next sweep.
+func TestOrderIsInsistedOn(t *testing.T) {
+	full := true
+	synctest.Test(t, func(t *testing.T) {
+		ledger := simledger.New(simledger.Config{})
+		b := &bench{t: t, ledger: ledger}
+		b.declare("shop/a", spec(time.Hour, 0), rotatedAt(time.Now(), time.Now().Add(time.Hour)))
+		if err := ledger.EnsureLanes(t.Context(), "db", 1); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() {
+			done <- scheduler.New(scheduler.Config{Ledger: &refusing{Ledger: ledger, full: &full}, Sweep: time.Hour}).Run(ctx)
+		}()
+		synctest.Wait()
+		order := credential.Incident{ID: "i1", Mode: credential.ModeKill, Credentials: []credential.ID{"shop/a"}}
+		order.Hash = order.Sum()
+		if _, _, err := ledger.CreateIncident(ctx, order); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		full = false
+		time.Sleep(3 * time.Second)
+		if r := b.record("shop/a"); r.Phase != credential.Killing {
+			t.Errorf("phase %s three seconds after there was space again", r.Phase)
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// refusing takes no commit while it is full.
+type refusing struct {
+	*simledger.Ledger
+	full *bool
+}
+
+func (f *refusing) Commit(ctx context.Context, r credential.Record, seq uint64) (uint64, error) {
+	if *f.full {
+		return 0, errors.New("no space left on device")
+	}
+	return f.Ledger.Commit(ctx, r, seq)
+}
+
 func TestAlteredOrStaleOrderIsNotCarriedOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ledger := simledger.New(simledger.Config{})

@@ -275,7 +275,7 @@ func TestEmergencyCommands(t *testing.T) {
 	w.expect(0, "status", "suspended", "rekey restore orders/db")
 	w.expect(3, "rotate orders/db", "restore it first")
 	w.expect(3, "replace orders/db --reason x --yes", "restore it")
-	w.expect(0, "restore orders/db", "a new version is made")
+	w.expect(0, "restore orders/db", "a new version is on its way")
 	w.until("orders/db", func(c api.Credential) bool { return c.State == "ok" && c.Phase == "idle" && c.Current != nil })
 	w.expect(0, "replace orders/cache --reason stolen --yes --wait", "replaced; the old version is proven dead")
 	w.expect(0, "audit verify")

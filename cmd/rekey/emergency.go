@@ -77,8 +77,8 @@ func (a *app) emergency(mode, short, long, example, warning string) *cobra.Comma
 		}
 		if !*wait {
 			return a.print(i, func(w io.Writer) error {
-				_, err := fmt.Fprintf(w, "%s of %s is ordered, incident %s\nto watch: rekey %s %s --reason %q --incident %s --yes --wait\n",
-					mode, ids[0], i.ID, mode, ids[0], *reason, i.ID)
+				_, err := fmt.Fprintf(w, "%s of %s is ordered, incident %s\nto watch: rekey %s %s --reason %s --incident %s --yes --wait\n",
+					mode, ids[0], i.ID, mode, ids[0], shellQuoted(*reason), i.ID)
 				return err
 			})
 		}
@@ -86,6 +86,9 @@ func (a *app) emergency(mode, short, long, example, warning string) *cobra.Comma
 	}
 	return c
 }
+
+// shellQuoted is s as one word of a POSIX shell, in which nothing is expanded.
+func shellQuoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // order sends the order, again for a while if the answer is lost: it is the same one.
 func (a *app) order(ctx context.Context, client *api.Client, id credential.ID, mode, incident, reason string) (api.Incident, error) {

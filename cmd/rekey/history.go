@@ -51,11 +51,14 @@ A FILTER is a type (rotated, revoked, rotation_failed, overlap_ending, overdue, 
 		if err != nil {
 			return err
 		}
+		if err := known(cmd.Context(), client, q.Credential); err != nil {
+			return err
+		}
 		return a.ended(cmd.Context(), client.Events(cmd.Context(), q, func(e api.Event) error {
 			if a.json() {
 				return a.line(e)
 			}
-			_, err := fmt.Fprintln(a.stdout, eventLine(e))
+			_, err := fmt.Fprintln(a.stdout, printable(eventLine(e)))
 			return err
 		}))
 	}
@@ -86,6 +89,15 @@ func eventQuery(args []string) (api.StreamQuery, error) {
 		return q, &exit{exitUsage, err}
 	}
 	return q, nil
+}
+
+// known fails where a stream would be empty because there is no such credential.
+func known(ctx context.Context, client *api.Client, id string) error {
+	if id == "" {
+		return nil
+	}
+	_, err := client.Get(ctx, credential.ID(id))
+	return err
 }
 
 // since is where a stream begins: what the user says, else now when following, else a day ago.
@@ -166,11 +178,14 @@ line is one entry, with its hash and its predecessor's, so that a copy can be ve
 		if err != nil {
 			return err
 		}
+		if err := known(cmd.Context(), client, q.Credential); err != nil {
+			return err
+		}
 		return a.ended(cmd.Context(), client.Audit(cmd.Context(), q, func(e api.AuditEntry) error {
 			if a.json() {
 				return a.line(e)
 			}
-			_, err := fmt.Fprintln(a.stdout, entryLine(e))
+			_, err := fmt.Fprintln(a.stdout, printable(entryLine(e)))
 			return err
 		}))
 	}

@@ -128,6 +128,9 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return exitOK
 	case errors.Is(err, errSilent):
 		return codeOf(err)
+	case errors.Is(err, context.Canceled) && !errors.As(err, &coded):
+		fmt.Fprintln(stderr, "rekey: interrupted; what was asked for may have begun: see `rekey status`")
+		return exitWait
 	case !a.started && !errors.As(err, &coded):
 		fmt.Fprintf(stderr, "rekey: %s\nSee `%s --help`.\n", strings.TrimSpace(err.Error()), cmd.CommandPath())
 		return exitUsage

@@ -139,10 +139,36 @@ place. The next rotation comes as the calendar says.`,
 }
 
 func newRestoreCommand(a *app) *cobra.Command {
-	return a.steering(credential.Restore, "a new version is made, generation %d or the next",
-		"Make a new version after a kill",
-		`Make a new version after a kill: the killed versions are deleted, then a new one is made, proven and published.`,
-		"  rekey restore orders/db\n  rekey status orders/db")
+	c := &cobra.Command{
+		Use:   "restore ID...",
+		Short: "Make a new version after a kill",
+		Long: `Make a new version after a kill: the killed versions are deleted, then a new one is made, proven and published. A killed secret is
+never enabled again.
+
+--wait watches until consumers can read the new version. Ctrl-C ends the watching, not the restoring.`,
+		Example:           "  rekey restore orders/db --wait\n  rekey restore orders/db --reason \"all clear\"",
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: a.completeIDs,
+	}
+	reason := c.Flags().String("reason", "", "why, for the audit entry")
+	wait := c.Flags().Bool("wait", false, "watch until the new version is promoted")
+	timeout := c.Flags().Duration("timeout", 15*time.Minute, "with --wait: the longest wait; 0 for none")
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		client, err := a.client()
+		if err != nil {
+			return err
+		}
+		asked, failed := a.steer(cmd.Context(), client, args, credential.Restore, *reason)
+		if !*wait || len(asked) == 0 {
+			return errors.Join(a.printAsked(asked, "a new version is on its way"), failed)
+		}
+		for i := range asked { // the new one comes after what was killed
+			asked[i].Generation++
+		}
+		done, unfinished := a.waitRotated(cmd.Context(), client, asked, false, *timeout)
+		return errors.Join(a.printAsked(done, "generation %d is promoted"), failed, unfinished)
+	}
+	return c
 }
 
 func newPauseCommand(a *app) *cobra.Command {

@@ -90,6 +90,8 @@ func (a *app) showList(w io.Writer, list []api.Credential, f api.Filter) error {
 			next = "overlap " + until(v.OverlapUntil, now)
 		case v.Phase != "idle":
 			next = v.Phase
+		case v.State == "unmanaged":
+			next = ""
 		}
 		rows = append(rows, []string{v.ID, v.State, strconv.FormatUint(v.Generation, 10), dash(age), dash(next), v.Target})
 	}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 )
 
 // table writes rows below a header, columns aligned.
@@ -83,6 +84,16 @@ func instant(at, now time.Time) string {
 		return ""
 	}
 	return at.Local().Format("2006-01-02 15:04:05 MST") + " (" + until(at, now) + ")"
+}
+
+// printable is s on one line and without anything that a terminal would obey: messages come from issuers and people.
+func printable(s string) string {
+	return strings.Map(func(c rune) rune {
+		if unicode.IsControl(c) {
+			return ' '
+		}
+		return c
+	}, s)
 }
 
 // dash shows that there is nothing.

@@ -64,6 +64,9 @@ func (s *Server) getControl(ctx context.Context, _ *struct{}) (*controlOutput, e
 
 // setControl writes the switch; the last writer wins. Saying what is the case already changes nothing.
 func (s *Server) setControl(ctx context.Context, in *controlInput) (*controlOutput, error) {
+	if err := checkReason(in.Body.Reason); err != nil {
+		return nil, err
+	}
 	for range commitTries {
 		have, seq, err := s.Ledger.GetControl(ctx)
 		if err != nil {

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/danielgtaylor/huma/v2"
 
@@ -76,6 +79,9 @@ func (s *Server) listCredentials(ctx context.Context, in *listInput) (*listOutpu
 	me, now := who(ctx), s.Now()
 	states := map[string]bool{}
 	for _, state := range strings.FieldsFunc(in.State, func(c rune) bool { return c == ',' }) {
+		if !slices.Contains(credential.States(), state) {
+			return nil, huma.Error422UnprocessableEntity(fmt.Sprintf("state %q: want one of %s", clip(state), strings.Join(credential.States(), ", ")))
+		}
 		states[state] = true
 	}
 	is := func(want, have string) bool { return want == "" || want == have }
@@ -136,9 +142,20 @@ func (s *Server) unavailable(what string, err error) error {
 	return huma.Error503ServiceUnavailable("the ledger does not answer: try again; the server's log says more")
 }
 
+// checkReason refuses what could pass for other lines, or steer a terminal, when it is printed.
+func checkReason(reason string) error {
+	if strings.ContainsFunc(reason, func(c rune) bool { return unicode.IsControl(c) || c == utf8.RuneError }) {
+		return huma.Error422UnprocessableEntity("reason: want one line of text without control characters")
+	}
+	return nil
+}
+
 func (s *Server) steer(ctx context.Context, in *verbInput, verb credential.Verb) (*oneOutput, error) {
 	id, err := parse(in.Team, in.Name)
 	if err != nil {
+		return nil, err
+	}
+	if err := checkReason(in.Body.Reason); err != nil {
 		return nil, err
 	}
 	r, err := s.commit(ctx, id, credential.Request{Verb: verb, Actor: who(ctx).Name, Reason: in.Body.Reason})

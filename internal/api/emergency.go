@@ -89,6 +89,9 @@ func (s *Server) order(ctx context.Context, in *orderInput, mode string) (*incid
 	if err != nil {
 		return nil, err
 	}
+	if err := checkReason(in.Body.Reason); err != nil {
+		return nil, err
+	}
 	me := who(ctx)
 	i := credential.Incident{
 		ID: in.Body.Incident, Mode: mode, Credentials: []credential.ID{id}, Reason: in.Body.Reason, Actor: me.Name, CreatedAt: s.Now().UTC(),

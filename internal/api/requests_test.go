@@ -235,7 +235,7 @@ func TestEmergency(t *testing.T) {
 		t.Errorf("expanded: %+v", i)
 	}
 	_, err = sec.Order(ctx, "orders/db", "replace", "", "")
-	refused(t, err, http.StatusConflict, "it is killing: restore it")
+	refused(t, err, http.StatusConflict, "restore it, which makes a new version")
 	e.drive("orders/db", credential.Suspended)
 	if i, _ := sec.Incident(ctx, "leak-7"); !i.Complete || !i.Credentials[0].Disabled || !i.Credentials[0].Proven {
 		t.Errorf("suspended: %+v", i)

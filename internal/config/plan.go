@@ -90,7 +90,7 @@ func planTargets(current []credential.Record, targets []credential.Target, desir
 		case !wanted:
 			ch.Action = Remove
 			if id := livesAt(current, name); id != "" {
-				ch.Action, ch.Reason = Keep, fmt.Sprintf("%s has live versions there; `rekey forget %s` lets go of it", id, id)
+				ch.Action, ch.Reason = Keep, fmt.Sprintf("%s has live versions there", id)
 			}
 		case old.Kind != t.Kind && livesAt(current, name) != "":
 			id := livesAt(current, name)

@@ -68,7 +68,7 @@ func TestPlan(t *testing.T) {
 		{"it is back", record(func(r *credential.Record) { r.Managed = false }), base.Targets, base,
 			[]string{"  target orders-db: none", "+ credential orders/db: manage"}},
 		{"its target leaves too", record(nil), base.Targets, bare,
-			[]string{"  target orders-db: keep: orders/db has live versions there; `rekey forget orders/db` lets go of it", "- credential orders/db: unmanage: it stops rotating; nothing is revoked or deleted"}},
+			[]string{"  target orders-db: keep: orders/db has live versions there", "- credential orders/db: unmanage: it stops rotating; nothing is revoked or deleted"}},
 		{"an unused target leaves", nil, base.Targets, bare, []string{"- target orders-db: remove"}},
 		{"another target in the middle of a rotation", record(func(r *credential.Record) { r.Phase, r.Current = credential.Applying, nil }), base.Targets,
 			with("targets:\n", other, "target: orders-db", "target: other"),

@@ -640,6 +640,33 @@ func TestKillAndRestore(t *testing.T) {
 	d.report(Done).want(Idle)
 }
 
+func TestNothingIsOkUntilARestoreIsPromoted(t *testing.T) {
+	d := drive(t, Overlapping).rotate("a").feed(Request{Verb: Kill, Incident: "i1"}).tick()
+	if _, _, err := Next(d.r, Request{Verb: Restore}, d.now); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "still being carried out") {
+		t.Errorf("%v", err)
+	}
+	d.report(Done).report(Rejected).feed(Request{Verb: Restore})
+	for d.r.Current == nil {
+		if s := d.r.State(); s != "restoring" {
+			t.Fatalf("state %q in phase %s", s, d.r.Phase)
+		}
+		switch d.r.Phase {
+		case Clearing, Admitted:
+			if d.eff.Phase == "" {
+				d.tick()
+				continue
+			}
+		case Proving:
+			d.report(Accepted)
+			continue
+		}
+		d.report(Done, version("b"))
+	}
+	if s := d.r.State(); s != "ok" || !slices.Contains(States(), s) {
+		t.Errorf("state %q", s)
+	}
+}
+
 func TestKillIsRetriedForEverAndNeverParks(t *testing.T) {
 	d := drive(t, Overlapping).rotate("a").feed(Request{Verb: Kill, Incident: "i1"}).tick()
 	for range 30 {

@@ -238,6 +238,11 @@ func (r Record) LastIncident() string {
 	return r.Orders[len(r.Orders)-1]
 }
 
+// States lists what State may answer.
+func States() []string {
+	return []string{"ok", "overdue", "retrying", "replacing", "restoring", "held", "paused", "unmanaged", "parked", "killing", "suspended"}
+}
+
 // State is the one word that an operator reads first.
 func (r Record) State() string {
 	switch {
@@ -247,6 +252,8 @@ func (r Record) State() string {
 		return "killing"
 	case r.Parked != nil:
 		return "parked"
+	case r.Current == nil && (r.Phase == Clearing || r.Reason == "restore"):
+		return "restoring" // nothing works until the new version is promoted
 	case r.Paused:
 		return "paused"
 	case !r.Managed:

@@ -90,9 +90,11 @@ func (m *machine) admission(q Request) error {
 	case !r.Managed:
 		return m.refuse("it is not in the configuration any more: apply it again first")
 	case r.Phase == Suspended || r.Phase.killing():
-		return m.refuse("it is %s by an emergency: restore it first", r.State())
+		return m.refuse("it was killed by incident %s (phase %s): restore it first", r.LastIncident(), r.Phase)
 	case r.Parked != nil:
 		return m.refuse("it is parked (%s): resume it first", r.Parked.Message)
+	case r.Phase == Draining && r.Hold:
+		return m.refuse("its overlap is held open: resume it first")
 	case r.Phase == Draining:
 		return m.refuse("its overlap is open until %s: rotating now would end the credential that applications still use", r.drainEnd().Format(time.RFC3339))
 	case r.Phase != Idle:
@@ -160,6 +162,9 @@ func (m *machine) steer(q Request) error {
 		}
 		r.Paused, r.Hold, r.Parked = false, false, nil
 	case Restore:
+		if r.Phase.killing() {
+			return m.refuse("the kill is still being carried out (phase %s): wait until it is suspended", r.Phase)
+		}
 		if r.Phase != Suspended {
 			return m.refuse("it is not suspended (phase %s)", r.Phase)
 		}
@@ -285,8 +290,10 @@ func (m *machine) replace(q Request) error {
 		return nil
 	}
 	switch {
-	case r.Phase == Suspended || r.Phase.killing() || r.Phase == Clearing:
-		return m.refuse("it is %s: restore it, which makes a new version", r.State())
+	case r.Phase == Clearing:
+		return m.refuse("it is being restored, which makes a new version")
+	case r.Phase == Suspended || r.Phase.killing():
+		return m.refuse("it was killed by incident %s (phase %s): restore it, which makes a new version", r.LastIncident(), r.Phase)
 	case !r.Managed:
 		return m.refuse("it is not in the configuration any more: apply it again, or kill it")
 	case r.Phase == Adopting:

@@ -102,14 +102,15 @@ func credentialOf(base string) (string, bool) {
 	return id, ok && store.CheckCredential(id) == nil
 }
 
-// present fails if the directory is not the one that was opened, so that an unmounted volume is not taken for an empty store.
+// present fails if the directory is not the one that was opened, so that an unmounted volume is not taken for an empty store. It
+// may come back: that is Transient.
 func (r *Reader) present(step string) error {
 	info, err := os.Stat(r.dir)
 	if err != nil {
-		return classify(rotators.Refused, step, err)
+		return classify(rotators.Transient, step, err)
 	}
 	if !os.SameFile(info, r.opened) {
-		return rotators.Faultf(rotators.Refused, step, "the directory %s was replaced or unmounted since it was opened: put it back, or restart", r.dir)
+		return rotators.Faultf(rotators.Transient, step, "the directory %s was replaced or unmounted since it was opened: put it back, or restart", r.dir)
 	}
 	return nil
 }
