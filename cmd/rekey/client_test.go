@@ -146,7 +146,7 @@ func (w *world) declare(ids ...credential.ID) {
 		q.Credentials[id] = credential.Spec{
 			Target: "db", Kind: "fake", Store: "files", Owner: "orders", Environment: "test", Purpose: "the order database",
 			Every: credential.Duration(24 * time.Hour), StepDeadline: credential.Duration(5 * time.Second),
-			Overlap: credential.Overlap{Min: credential.Duration(300 * time.Millisecond), Max: credential.Duration(300 * time.Millisecond)},
+			Overlap: credential.Overlap{Min: credential.Duration(2500 * time.Millisecond), Max: credential.Duration(2500 * time.Millisecond)},
 		}
 	}
 	_, err := w.client.Apply(w.t.Context(), q)
