@@ -116,7 +116,7 @@ func (c *consumers) each(pace time.Duration, fn func()) {
 func (c *consumers) client(p pair, number int) {
 	ctx := context.Background()
 	var made []uint64
-	c.each(50*time.Millisecond, func() {
+	c.each(pace, func() {
 		read := time.Now()
 		secret, err := c.reader.Get(ctx, string(p.id), store.Current)
 		if err != nil {
@@ -187,8 +187,19 @@ func (c *consumers) watch(p pair) {
 			h.session.Close(ctx)
 		}
 	}()
-	var lastRead time.Time // when the store was last read and still said the newest of past
+	var lastRead time.Time // when the store was last looked at and still said the newest of past
+	var lastFile os.FileInfo
 	c.each(10*time.Millisecond, func() {
+		look := time.Now()
+		info, err := os.Stat(c.s.reference(p))
+		if err != nil {
+			c.failed("%s: %v", p.id, err)
+			return
+		}
+		if lastFile != nil && os.SameFile(info, lastFile) && info.ModTime().Equal(lastFile.ModTime()) { // it is replaced as a whole
+			lastRead = look
+			return
+		}
 		for _, stage := range []store.Stage{store.Pending, store.Previous} {
 			if s, err := c.reader.Get(ctx, string(p.id), stage); err == nil {
 				c.saw(s)
@@ -201,7 +212,7 @@ func (c *consumers) watch(p pair) {
 			return
 		}
 		if n := len(past); n > 0 && past[n-1].secret.Key.Same(secret.Key) {
-			lastRead = read
+			lastRead, lastFile = read, info
 			return
 		}
 		c.saw(secret)
@@ -223,7 +234,7 @@ func (c *consumers) watch(p pair) {
 			return
 		}
 		past = append(past, held{secret, conn})
-		lastRead = read
+		lastRead, lastFile = read, info
 	})
 	// At the end everything is at rest: all but the newest are dead.
 	for _, h := range past[:max(0, len(past)-1)] {

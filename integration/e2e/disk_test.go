@@ -80,7 +80,7 @@ func TestDataDirectoryFull(t *testing.T) {
 	}
 	// Consumers notice nothing, for longer than an overlap and an interval.
 	logins := clients.logins.Load()
-	eventually(t, 30*time.Second, "clients go on", func() (bool, string) { return clients.logins.Load() > logins+100, "" })
+	eventually(t, 30*time.Second, "clients go on", func() (bool, string) { return clients.logins.Load() > logins+25, "" })
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +92,7 @@ func TestDataDirectoryFull(t *testing.T) {
 	s.ready(p)
 	s.generation(config, 90*time.Second, g+2)
 	s.quiet(config)
-	clients.judge(t, 200)
+	clients.judge(t, 50)
 	s.judge(s.ledger(config))
 	s.verified(config)
 }
@@ -137,7 +137,7 @@ func TestStoreThatCannotBeWritten(t *testing.T) {
 		return r.code == 0 && strings.Contains(r.out, "permission denied"), r.all()
 	})
 	logins := clients.logins.Load()
-	eventually(t, 30*time.Second, "clients go on", func() (bool, string) { return clients.logins.Load() > logins+50, "" })
+	eventually(t, 30*time.Second, "clients go on", func() (bool, string) { return clients.logins.Load() > logins+25, "" })
 	mode(0o700)
 	g, err := s.current(s.pairs[0].id)
 	if err != nil {
@@ -146,7 +146,7 @@ func TestStoreThatCannotBeWritten(t *testing.T) {
 	s.must(config, "resume", id) // it may be parked, or wait for its next try
 	s.generation(config, 90*time.Second, g+1)
 	s.quiet(config)
-	clients.judge(t, 100)
+	clients.judge(t, 50)
 	s.judge(s.ledger(config))
 	s.verified(config)
 }

@@ -176,7 +176,7 @@ func TestFrozenWorker(t *testing.T) {
 			}
 			f.generation(f.config, 60*time.Second, g+1)
 			f.quiet(f.config)
-			clients.judge(t, 100)
+			clients.judge(t, 50)
 			f.judge(f.ledger)
 			f.verified(f.config)
 		})

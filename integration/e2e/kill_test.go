@@ -54,7 +54,7 @@ func TestKillNine(t *testing.T) {
 	if kills < 10 {
 		t.Errorf("%d kills prove little", kills)
 	}
-	clients.judge(t, 500)
+	clients.judge(t, 5*credentials*rotations)
 	o := s.judge(s.ledger(config))
 	s.owned()
 	s.verified(config)

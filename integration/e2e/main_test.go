@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -32,6 +33,10 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	shared.dir = dir
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue { // they wait more than they compute
+		_ = f.Value.Set("4")
+	}
 	began := time.Now()
 	code := m.Run()
 	fmt.Printf("end-to-end tests: %s\n", time.Since(began).Round(100*time.Millisecond))

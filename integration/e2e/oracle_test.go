@@ -72,6 +72,11 @@ func (s *site) reader() *file.Reader {
 	return r
 }
 
+// reference is the file that holds a credential's secrets.
+func (s *site) reference(p pair) string {
+	return s.path(filepath.Join("secrets", strings.Replace(string(p.id), "/", ".", 1)+".age"))
+}
+
 // current is the generation that consumers read now.
 func (s *site) current(id credential.ID) (uint64, error) {
 	secret, err := s.reader().Get(s.t.Context(), string(id), store.Current)

@@ -59,7 +59,7 @@ func TestScheduledRotations(t *testing.T) {
 	const rotations = 20
 	s.generation(config, 150*time.Second, rotations+1)
 	s.quiet(config)
-	clients.judge(t, 500)
+	clients.judge(t, rotations*10)
 	o := s.judge(l)
 	if n := s.owned(); n < rotations*8 {
 		t.Errorf("the clients made %d tables; they should make 8 in each generation", n)

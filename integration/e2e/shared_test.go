@@ -80,7 +80,7 @@ func TestTwoServersShareOneNATS(t *testing.T) {
 		t.Errorf("a death delayed a rotation by %s", slowest)
 	}
 	s.quiet(configs[1])
-	clients.judge(t, 300)
+	clients.judge(t, 100)
 	o := s.judge(l)
 	pause, where := standstill(o.Entries)
 	t.Logf("the longest standstill was %s: %s; steps by process: %v", pause.Round(time.Millisecond), where, s.steps(o.Entries))

@@ -96,7 +96,7 @@ func TestGracefulStop(t *testing.T) {
 		t.Logf("round %d: everything rotated within %s of the next start", round, time.Since(back).Round(time.Millisecond))
 	}
 	s.quiet(config)
-	clients.judge(t, 200)
+	clients.judge(t, 100)
 	s.judge(s.ledger(config))
 	s.verified(config)
 }
