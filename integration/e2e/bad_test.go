@@ -115,7 +115,7 @@ func TestBadDeclarations(t *testing.T) {
 	if left, _ := filepath.Glob(s.path("bad.d")); len(left) > 0 {
 		t.Error("a server with a wrong configuration made a data directory")
 	}
-	several := strings.NewReplacer("    every:", "    evry: 1h\n    every:", "concurrency: 8", "concurrency: -1", "tls: {mode: disable}", "tls: {mode: maybe}").Replace(good)
+	several := strings.NewReplacer("    every:", "    evry: 1h\n    every:", "concurrency: 20", "concurrency: -1", "tls: {mode: disable}", "tls: {mode: maybe}").Replace(good)
 	s.wants("several mistakes at once", s.cli(s.write("bad", several), "validate"), 2, "evry", "concurrency", "tls.mode")
 	r := s.cli(s.path("bad.yaml"), "validate", "--output", "json")
 	s.wants("several mistakes as JSON", r, 2)

@@ -25,6 +25,7 @@ import (
 // consumers read the store and log in, over and over, and know every secret that they have seen.
 type consumers struct {
 	s      *site
+	pace   time.Duration // between two logins of one client
 	reader *file.Reader
 	logins atomic.Int64
 	// late counts logins that failed more than the overlap after the store was read, when it already said something newer: a
@@ -43,7 +44,12 @@ type consumers struct {
 // consume starts n clients and one watcher for each credential.
 func (s *site) consume(n int) *consumers {
 	s.t.Helper()
-	c := &consumers{s: s, reader: s.reader(), secrets: map[string]bool{}, stopping: make(chan struct{})}
+	return s.consumeAt(n, pace)
+}
+
+func (s *site) consumeAt(n int, pace time.Duration) *consumers {
+	s.t.Helper()
+	c := &consumers{s: s, pace: pace, reader: s.reader(), secrets: map[string]bool{}, stopping: make(chan struct{})}
 	for _, p := range s.pairs {
 		for i := range n {
 			c.wg.Go(func() { c.client(p, i) })
@@ -116,7 +122,7 @@ func (c *consumers) each(pace time.Duration, fn func()) {
 func (c *consumers) client(p pair, number int) {
 	ctx := context.Background()
 	var made []uint64
-	c.each(pace, func() {
+	c.each(c.pace, func() {
 		read := time.Now()
 		secret, err := c.reader.Get(ctx, string(p.id), store.Current)
 		if err != nil {

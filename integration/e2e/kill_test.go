@@ -12,7 +12,8 @@ import (
 func TestKillNine(t *testing.T) {
 	t.Parallel()
 	took(t)
-	const credentials, rotations = 10, 5
+	// Many side by side: what a dead server had in its hands rests for the time of a redelivery.
+	const credentials, rotations = 17, 3
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
@@ -22,7 +23,7 @@ func TestKillNine(t *testing.T) {
 	p := s.run("one", "server", config)
 	s.ready(p)
 	s.begin(config)
-	clients := s.consume(1)
+	clients := s.consumeAt(1, 2*pace)
 
 	kills := 0
 	reached := func() bool { // also while the server is down: the store says it

@@ -159,7 +159,7 @@ func TestSecretsDoNotLeak(t *testing.T) {
 	t.Parallel()
 	took(t)
 	s := newSite(t, 2)
-	s.every = "0s"
+	s.every, s.overlap = "0s", 4*time.Second // time for a rollback
 	canary := "canary-" + rand.Text()
 	s.env = []string{"E2E_CANARY=" + canary}
 	config := s.configure("one")

@@ -44,10 +44,12 @@ type site struct {
 	host  string // where the configuration says that the database is
 	port  int
 	every string
-	nats  *testserver.NATS    // nil: embedded
-	said  transcript          // everything that commands printed
-	user  *syscall.Credential // whom processes and commands run as; nil: ourselves
-	env   []string            // added to the environment of processes
+	// overlap is both its minimum and its maximum.
+	overlap time.Duration
+	nats    *testserver.NATS    // nil: embedded
+	said    transcript          // everything that commands printed
+	user    *syscall.Credential // whom processes and commands run as; nil: ourselves
+	env     []string            // added to the environment of processes
 	// logged are the processes whose logs a failure shows.
 	logged map[string]bool
 }
@@ -87,7 +89,7 @@ func newSiteOn(t *testing.T, pg *testserver.Postgres, n int) *site {
 	t.Helper()
 	s := &site{
 		t: t, bin: program(t), pg: pg, name: "e" + strings.ToLower(rand.Text()[:6]), admin: "adm-" + rand.Text(),
-		host: pg.Host, port: pg.Port, every: "2s", logged: map[string]bool{},
+		host: pg.Host, port: pg.Port, every: "2s", overlap: overlapMin, logged: map[string]bool{},
 	}
 	var err error
 	if s.dir, err = os.MkdirTemp(shared.dir, "s"); err != nil {
@@ -198,7 +200,7 @@ func (s *site) yaml(name string, port int) string {
     database: %s
     admin: {username: %s_adm, password: "file:./admin.password"}
     tls: {mode: disable}
-    concurrency: 8
+    concurrency: 20
     step_deadline: %s
 credentials:
 `, s.host, s.port, s.name, s.name, stepDeadline)
@@ -212,7 +214,7 @@ credentials:
     roles: [%s, %s]
     every: %s
     overlap: {min: %s, max: %s}
-`, p.id, p.owner, p.a, p.b, s.every, overlapMin, overlapMin)
+`, p.id, p.owner, p.a, p.b, s.every, s.overlap, s.overlap)
 	}
 	return y.String()
 }
