@@ -202,7 +202,8 @@ func TestSecretsDoNotLeak(t *testing.T) {
 		}
 	}
 	s.searchForSecrets(config, secrets, 6, p)
-	s.judge(s.ledger(config))
+	pause, where := standstill(s.judge(s.ledger(config)).Entries)
+	t.Logf("the longest standstill was %s: %s", pause.Round(time.Millisecond), where)
 	s.verified(config)
 
 	s.sql("SELECT '%s'", canary)
