@@ -222,13 +222,6 @@ func (c *consumers) watch(p pair) {
 			return
 		}
 		c.saw(secret)
-		if n := len(past); n > 0 {
-			old := past[n-1]
-			verdict := c.s.login(ctx, old.secret.Material)
-			if time.Since(lastRead) < overlapMin && verdict != rotators.Accepted {
-				c.failed("%s generation %d: %s inside its overlap", p.id, old.secret.Key.Generation, verdict)
-			}
-		}
 		if n := len(past); n > 1 {
 			c.dead(ctx, p, past[n-2])
 		}
@@ -240,11 +233,35 @@ func (c *consumers) watch(p pair) {
 			return
 		}
 		past = append(past, held{secret, conn})
+		if n := len(past); n > 1 {
+			c.overlaps(ctx, p, past[n-2], lastRead)
+		}
 		lastRead, lastFile = read, info
 	})
 	// At the end everything is at rest: all but the newest are dead.
 	for _, h := range past[:max(0, len(past)-1)] {
 		c.dead(ctx, p, h)
+	}
+}
+
+// overlaps fails the test if a generation that the store still named at an instant is refused before the overlap after it is over.
+func (c *consumers) overlaps(ctx context.Context, p pair, h held, named time.Time) {
+	tick := time.NewTicker(overlapMin / 10)
+	defer tick.Stop()
+	for {
+		verdict := c.s.login(ctx, h.secret.Material)
+		if time.Since(named) >= overlapMin {
+			return
+		}
+		if verdict != rotators.Accepted {
+			c.failed("%s generation %d: %s, %s after the store had named it", p.id, h.secret.Key.Generation, verdict, time.Since(named))
+			return
+		}
+		select {
+		case <-c.stopping:
+			return
+		case <-tick.C:
+		}
 	}
 }
 

@@ -212,7 +212,7 @@ func TestFrozenWorker(t *testing.T) {
 
 		f.every = "0s"
 		f.again(f.config)
-		f.must(f.config, "apply")
+		f.apply(f.config)
 		f.must(f.config, "restore", id)
 		f.generation(f.config, 60*time.Second, c.record.Generation+1)
 		f.settled(f.config)

@@ -19,7 +19,7 @@ import (
 func (s *site) begin(config string) {
 	s.t.Helper()
 	s.must(config, "validate")
-	s.must(config, "apply")
+	s.apply(config)
 	s.generation(config, 60*time.Second, 1)
 }
 
