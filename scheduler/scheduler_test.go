@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -310,7 +311,8 @@ func TestOrderReachesEveryRecordAlthoughTheFirstTryDied(t *testing.T) {
 
 // An order that meets a ledger which takes no commits is carried out as soon as it does, not at the next sweep.
 func TestOrderIsInsistedOn(t *testing.T) {
-	full := true
+	var full atomic.Bool
+	full.Store(true)
 	synctest.Test(t, func(t *testing.T) {
 		ledger := simledger.New(simledger.Config{})
 		b := &bench{t: t, ledger: ledger}
@@ -331,7 +333,7 @@ func TestOrderIsInsistedOn(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		full = false
+		full.Store(false)
 		time.Sleep(3 * time.Second)
 		if r := b.record("shop/a"); r.Phase != credential.Killing {
 			t.Errorf("phase %s three seconds after there was space again", r.Phase)
@@ -346,11 +348,11 @@ func TestOrderIsInsistedOn(t *testing.T) {
 // refusing takes no commit while it is full.
 type refusing struct {
 	*simledger.Ledger
-	full *bool
+	full *atomic.Bool
 }
 
 func (f *refusing) Commit(ctx context.Context, r credential.Record, seq uint64) (uint64, error) {
-	if *f.full {
+	if f.full.Load() {
 		return 0, errors.New("no space left on device")
 	}
 	return f.Ledger.Commit(ctx, r, seq)

@@ -156,6 +156,7 @@ func prober(log *slog.Logger) api.Prober {
 	return func(ctx context.Context, t credential.Target, id credential.ID, spec credential.Spec) ([]rotators.Finding, error) {
 		ctx, cancel := context.WithTimeout(ctx, probeTime)
 		defer cancel()
+		spec.StepDeadline = credential.Duration(probeTime) // a look is not a step: it may take longer
 		var adopted rotators.VersionID
 		if spec.Adopt != nil {
 			adopted = spec.Adopt.Version

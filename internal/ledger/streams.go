@@ -255,6 +255,12 @@ func checkLedger(c jetstream.StreamConfig) error {
 	return errors.Join(errs...)
 }
 
+// How long the first write to a new stream is tried, and how often.
+const (
+	firstWriteWait  = 10 * time.Second
+	firstWritePause = 100 * time.Millisecond
+)
+
 // readMeta loads the ledger's identity into l.meta and returns its sequence. Only an empty stream gets a new one.
 func (l *Ledger) readMeta(ctx context.Context, empty bool) (uint64, error) {
 	m, seq, err := get[meta](ctx, l, metaSubject)
@@ -273,6 +279,10 @@ func (l *Ledger) readMeta(ctx context.Context, empty bool) (uint64, error) {
 	}
 	m = meta{Schema: Schema, Incarnation: incarnation, Canary: canary, CreatedAt: l.cfg.Now().UTC()}
 	seq, err = l.put(ctx, metaSubject, m, 0)
+	for deadline := time.Now().Add(firstWriteWait); neverSent(err) && time.Now().Before(deadline) && ctx.Err() == nil; {
+		time.Sleep(firstWritePause) // a new stream of a cluster answers only once it has a leader
+		seq, err = l.put(ctx, metaSubject, m, 0)
+	}
 	if errors.Is(err, credential.ErrStale) { // another process was first
 		l.meta, seq, err = get[meta](ctx, l, metaSubject)
 		return seq, err

@@ -120,7 +120,13 @@ func (n *NATS) Kill(node int) {
 }
 
 // Pause stops a node in mid-air, as a hung machine would. Connections stay open and silent.
-func (n *NATS) Pause(node int) { n.signal(node, syscall.SIGSTOP) }
+func (n *NATS) Pause(node int) {
+	n.signal(node, syscall.SIGSTOP)
+	pid := n.PID(node)
+	for deadline := time.Now().Add(5 * time.Second); pid != 0 && !stopped(pid) && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond) // the signal was sent, not yet obeyed by every thread
+	}
+}
 
 // Resume undoes Pause.
 func (n *NATS) Resume(node int) { n.signal(node, syscall.SIGCONT) }

@@ -1,6 +1,8 @@
 package testserver
 
 import (
+	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -45,4 +47,23 @@ func descendants(pid int) []int {
 		next = append(next, children[next[0]]...)
 	}
 	return all
+}
+
+// stopped reports whether every thread of a process obeys a SIGSTOP.
+func stopped(pid int) bool {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(stats) == 0 {
+		return true
+	}
+	for _, path := range stats {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			continue // the thread has ended
+		}
+		// "pid (name) state …": the name may hold anything, a closing bracket too.
+		if i := bytes.LastIndexByte(b, ')'); i >= 0 && i+2 < len(b) && b[i+2] != 'T' && b[i+2] != 't' {
+			return false
+		}
+	}
+	return true
 }

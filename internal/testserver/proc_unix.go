@@ -13,5 +13,8 @@ func attributes(uid, gid int) *syscall.SysProcAttr {
 	return a
 }
 
+// stopped is not known outside Linux.
+func stopped(int) bool { return true }
+
 // descendants is not known outside Linux: Pause then stops new connections only.
 func descendants(int) []int { return nil }

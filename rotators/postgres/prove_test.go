@@ -164,7 +164,7 @@ func TestUnknownIsExplained(t *testing.T) {
 		revoke += " GRANTED BY " + b.cfg.Target.Admin.Username
 	}
 	b.sql("%s", revoke)
-	want(r, rotators.Refused, "membership")
+	want(r, rotators.Refused, "GRANT")
 
 	v, err := r.Prove(t.Context(), op, b.b, m)
 	if v != rotators.Unknown {
