@@ -213,7 +213,7 @@ func TestFrozenWorker(t *testing.T) {
 		f.every = "0s"
 		f.again(f.config)
 		f.apply(f.config)
-		f.must(f.config, "restore", id)
+		f.restore(f.config, id)
 		f.generation(f.config, 60*time.Second, c.record.Generation+1)
 		f.settled(f.config)
 		f.judge(f.ledger)

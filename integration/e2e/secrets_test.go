@@ -204,7 +204,7 @@ func TestSecretsDoNotLeak(t *testing.T) {
 	s.settled(config)
 	clients.stop() // a kill ends what consumers hold
 	s.must(config, "kill", two, "--reason", "leak", "--yes", "--wait")
-	s.must(config, "restore", two)
+	s.restore(config, two)
 	s.settled(config)
 	s.sql("ALTER ROLE %s_adm NOCREATEROLE", s.name) // an error of the issuer, with its message
 	s.must(config, "rotate", one)

@@ -292,6 +292,18 @@ func (s *site) apply(config string) {
 	})
 }
 
+// restore ends a kill. It is refused while the second sweep is under way.
+func (s *site) restore(config, id string) {
+	s.t.Helper()
+	eventually(s.t, 30*time.Second, "restore", func() (bool, string) {
+		r := s.cli(config, "restore", id)
+		if r.code != 0 && !strings.Contains(r.errors, "wait until it is suspended") {
+			s.t.Fatalf("rekey restore: exit code %d\n%s", r.code, r.all())
+		}
+		return r.code == 0, r.all()
+	})
+}
+
 // quiet stops the calendar: nothing new begins, and what is under way comes to its end.
 func (s *site) quiet(config string) {
 	s.t.Helper()
