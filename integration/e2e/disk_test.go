@@ -146,7 +146,7 @@ func TestStoreThatCannotBeWritten(t *testing.T) {
 	s.must(config, "resume", id) // it may be parked, or wait for its next try
 	s.generation(config, 90*time.Second, g+1)
 	s.quiet(config)
-	clients.judge(t, 50)
+	clients.judge(t, 25)
 	s.judge(s.ledger(config))
 	s.verified(config)
 }
